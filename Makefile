@@ -1,0 +1,54 @@
+# make demo, make test, make bench, make lint: each sets up .venv first if it has to.
+# VENV=path uses another environment as it is (nothing is installed there besides this package).
+
+PYTHON ?= python3
+ifneq ($(filter command% environment%,$(origin VENV)),)
+OWN_VENV := $(if $(wildcard $(VENV)/bin/python),no,yes)
+else
+VENV := .venv
+OWN_VENV := yes
+endif
+PY := $(VENV)/bin/python
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/pos_gate/*)
+CXX ?= g++
+SANITIZE := -std=c++17 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
+
+.PHONY: demo test bench lint format sanitize clean
+.DEFAULT_GOAL := test
+
+$(VENV)/.ready: requirements/full.txt
+ifeq ($(OWN_VENV),yes)
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet -r requirements/full.txt
+endif
+	touch $@
+
+# The package, editable, with its compiled part.
+$(VENV)/.built: $(VENV)/.ready $(SOURCES)
+	$(PY) -m pip install --quiet --no-build-isolation --no-deps -e .
+	touch $@
+
+demo: $(VENV)/.built  ## train on real digits, evaluate, draw
+	$(PY) -m posmlp demo
+
+test: lint $(VENV)/.built  ## everything that CI runs
+	$(PY) -m pytest
+
+lint: $(VENV)/.ready
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+format: $(VENV)/.ready
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+bench: $(VENV)/.built  ## measure on this machine, in under ten minutes
+	$(PY) -m benchmarks.bench_pos_gate --out benchmarks/results/cpu.json
+
+sanitize:  ## the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
+	mkdir -p build/sanitize
+	$(CXX) $(SANITIZE) -Icsrc/pos_gate tests/csrc/test_kernels.cpp $(filter-out %cpu_ops.cpp,$(wildcard csrc/pos_gate/cpu_*.cpp)) -o build/sanitize/test_kernels
+	build/sanitize/test_kernels
+
+clean:
+	rm -rf build dist *.egg-info posmlp_kernels/*.so .venv .venv-*
