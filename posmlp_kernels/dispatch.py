@@ -1,0 +1,162 @@
+"""Which back end runs a problem, and why the others do not.
+
+Support is a list of reasons, never a bare bool. A back end named by the caller runs or raises with every
+reason; without a name the first of `BACKENDS` that has no reason against it runs.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable
+from contextlib import ContextDecorator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .pos_gate import compiled, ops, reference, triton
+from .problem import Problem
+
+Inputs = tuple["Tensor | None", ...]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A way to run the operator.
+
+    `unavailable()` is about this machine, `unsupported(problem)` about one call, and `declined(problem)`
+    holds what stops the automatic choice, but not a caller who asks for the back end by name.
+    """
+
+    name: str
+    unavailable: Callable[[], list[str]]
+    unsupported: Callable[[Problem], list[str]]
+    declined: Callable[[Problem], list[str]]
+    run: Callable[[Inputs, Problem], Tensor]
+
+    def refusals(self, problem: Problem) -> list[str]:
+        return self.unavailable() or self.unsupported(problem)
+
+
+def _no_reason(problem: Problem | None = None) -> list[str]:
+    return []
+
+
+def _registered(name: str) -> Callable[[Inputs, Problem], Tensor]:
+    return lambda inputs, problem: ops.run(name, inputs, problem)
+
+
+# The fastest first; the reference runs everything and ends the list.
+BACKENDS = (
+    Backend(
+        "cuda",
+        compiled.cuda_unavailable,
+        compiled.cuda_unsupported,
+        compiled.cuda_declined,
+        _registered("cuda"),
+    ),
+    Backend("triton", triton.unavailable, triton.unsupported, triton.declined, _registered("triton")),
+    Backend("cpu", compiled.cpu_unavailable, compiled.cpu_unsupported, _no_reason, _registered("cpu")),
+    Backend(
+        "reference",
+        _no_reason,
+        _no_reason,
+        _no_reason,
+        lambda inputs, problem: reference.run(*inputs, problem),
+    ),
+)
+
+
+class _Forced(threading.local):
+    """The names of the `use_backend` blocks that this thread is in, the innermost last."""
+
+    def __init__(self) -> None:
+        self.names: list[str | None] = []
+
+
+_forced = _Forced()
+_announced: set[str] = set()
+
+
+class use_backend(ContextDecorator):  # noqa: N801 (reads as torch.no_grad does)
+    """Run every `pos_gate` inside the `with` block, or inside the decorated function, on one back end.
+
+    `None` gives the automatic choice back. A `backend=` argument of a call is stronger.
+    Raises: `ValueError` for a name that is not a back end's.
+    """
+
+    def __init__(self, name: str | None) -> None:
+        if name is not None:
+            find_backend(name)
+        self.name = name
+
+    def __enter__(self) -> use_backend:
+        _forced.names.append(self.name)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        _forced.names.pop()
+
+
+def backends() -> tuple[str, ...]:
+    """The names of the back ends that can run on this machine, the fastest first."""
+    return tuple(b.name for b in BACKENDS if not b.unavailable())
+
+
+def find_backend(name: str) -> Backend:
+    for backend in BACKENDS:
+        if backend.name == name:
+            return backend
+    raise ValueError(f"backend must be one of {', '.join(b.name for b in BACKENDS)}, got {name!r}")
+
+
+def choose(problem: Problem, name: str | None = None) -> Backend:
+    """The back end that runs a problem.
+
+    Raises: `ValueError` for an unknown name, `NotImplementedError` with every reason where the named one
+        cannot serve.
+    """
+    name = name or (_forced.names[-1] if _forced.names else None)
+    if name is not None:
+        backend = find_backend(name)
+        reasons = backend.refusals(problem)
+        if reasons:
+            raise NotImplementedError(f"backend {name!r} cannot run this pos_gate: {'; '.join(reasons)}")
+        return backend
+    for backend in BACKENDS:
+        if not backend.refusals(problem) and not backend.declined(problem):
+            break
+    if backend.name == "reference" and not torch.compiler.is_compiling():
+        _announce_slow_choice(problem)
+    return backend
+
+
+def describe(problem: Problem | None, name: str | None = None) -> str:
+    """A line per back end: chosen, able, or every reason against it."""
+    chosen = None if problem is None else choose(problem, name).name
+    lines = []
+    for backend in BACKENDS:
+        reasons = backend.unavailable() if problem is None else backend.refusals(problem)
+        verdict = "no: " + "; ".join(reasons) if reasons else "yes"
+        if not reasons and problem is not None and backend.declined(problem):
+            verdict = "only by name: " + "; ".join(backend.declined(problem))
+        if backend.name == chosen:
+            verdict += "  <- runs"
+        lines.append(f"{backend.name:<10} {verdict}")
+    return "\n".join(lines)
+
+
+def _announce_slow_choice(problem: Problem) -> None:
+    """Say once per set of reasons that a problem runs on the slow back end of its device."""
+    kind = problem.device.type
+    native = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}.get(kind, ())
+    reasons = []
+    for name in native:
+        backend = find_backend(name)
+        reasons += [f"{name}: {reason}" for reason in backend.refusals(problem) or backend.declined(problem)]
+    why = "; ".join(reasons) or "there is no other"
+    message = f"pos_gate runs on the slow reference back end for {kind} tensors ({why})"
+    if message not in _announced:
+        _announced.add(message)
+        warnings.warn(message, stacklevel=5)

@@ -1,0 +1,1 @@
+"""The operator: its public function, its specification and its back ends."""
