@@ -1,0 +1,61 @@
+// The CPU back end's seam: what the op hands to the kernels, and the kernels of each instruction set.
+#pragma once
+
+#include "shape.h"
+
+namespace posmlp::cpu {
+
+enum class Storage { float32, float64, bfloat16, float16 };
+
+// One forward or backward call. Pointers to x, z, dz, dx hold the storage type; everything else is in the accumulation
+// type: double for float64, float for the others. Absent parts are null.
+struct Call {
+  Shape shape;
+  Storage storage;
+  bool softmax;
+  Activation activation;
+
+  const void *x, *table, *matrix, *bias, *norm_weight, *norm_bias;
+  bool matrix_per_group;
+  double eps;
+  View x_view;
+  void *norm_mean, *norm_rstd;  // [B * map], written by `statistics`
+
+  void* z;  // contiguous, like dx
+
+  const void* dz;
+  View dz_view;
+  void* dx;
+  void* dx_normed;                                       // [B * map, C], the gradient of the normed X1
+  void *dtable_parts, *dmatrix_parts, *dbias_parts;      // [groups x splits, ...], null if not wanted
+  void *dnorm_weight_parts, *dnorm_bias_parts;           // [norm_blocks, C]
+  int64_t splits;                                        // shares of a group's columns
+  int64_t norm_blocks;
+
+  int64_t units() const { return shape.groups * splits; }
+};
+
+// Work is cut into units (group, split of the columns), fixed by the shape and never by the number of threads, so that
+// sums come out the same for any number of threads.
+struct Kernels {
+  const char* name;
+  void (*statistics)(const Call&, int64_t first_token, int64_t last_token);
+  void (*forward)(const Call&, int64_t first_unit, int64_t last_unit);
+  void (*backward)(const Call&, int64_t first_unit, int64_t last_unit);
+  void (*norm_backward)(const Call&, int64_t first_block, int64_t last_block);
+};
+
+extern const Kernels kPortable;
+#if defined(__x86_64__) && defined(__GNUC__)
+#define POSMLP_X86_KERNELS 1
+extern const Kernels kAvx2;
+extern const Kernels kAvx512;
+#endif
+
+// Those that this processor runs, the best first.
+std::vector<const Kernels*> kernels_of_this_processor();
+
+// The best of them, or the one that the environment variable POSMLP_CPU_KERNELS names.
+const Kernels& choose_kernels();
+
+}  // namespace posmlp::cpu

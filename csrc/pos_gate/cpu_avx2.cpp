@@ -1,0 +1,32 @@
+// The gate's kernels for AVX2 and FMA, 16 registers of 8 floats.
+#include "cpu.h"
+
+#ifdef POSMLP_X86_KERNELS
+
+#include "cpu_includes.h"
+
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+
+namespace posmlp::cpu {
+namespace {
+constexpr int kVectorBytes = 32, kTileRows = 4, kTileVectors = 3;
+}
+#include "cpu_kernels.h"
+}  // namespace posmlp::cpu
+
+#ifdef __clang__
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+namespace posmlp::cpu {
+const Kernels kAvx2 = {"avx2", statistics, forward, backward, norm_backward};
+}
+
+#endif

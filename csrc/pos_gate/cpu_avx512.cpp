@@ -1,0 +1,32 @@
+// The gate's kernels for AVX-512, 32 registers of 16 floats.
+#include "cpu.h"
+
+#ifdef POSMLP_X86_KERNELS
+
+#include "cpu_includes.h"
+
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#endif
+
+namespace posmlp::cpu {
+namespace {
+constexpr int kVectorBytes = 64, kTileRows = 7, kTileVectors = 3;
+}
+#include "cpu_kernels.h"
+}  // namespace posmlp::cpu
+
+#ifdef __clang__
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+namespace posmlp::cpu {
+const Kernels kAvx512 = {"avx512", statistics, forward, backward, norm_backward};
+}
+
+#endif

@@ -1,0 +1,10 @@
+// What the kernels need of the standard library, included before any target option is set.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <type_traits>
+#include <utility>
+#include <vector>

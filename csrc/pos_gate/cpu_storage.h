@@ -1,0 +1,86 @@
+// Loads and stores of the storage types. bfloat16 and float16 are 16 bits here; arithmetic is in the accumulation type.
+// No include guard: every instruction set compiles this text anew, inside its own namespace and target options.
+
+struct Bfloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+template <class T>
+struct AccumulationOf {
+  using type = float;
+};
+template <>
+struct AccumulationOf<double> {
+  using type = double;
+};
+
+inline uint32_t bits_of(float a) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &a, 4);
+  return bits;
+}
+inline float float_of(uint32_t bits) {
+  float a;
+  __builtin_memcpy(&a, &bits, 4);
+  return a;
+}
+
+inline float widen(float a) { return a; }
+inline double widen(double a) { return a; }
+inline float widen(Bfloat16 a) { return float_of(uint32_t(a.bits) << 16); }
+inline float widen(Float16 a) {
+  const uint32_t magnitude = a.bits & 0x7fffu;
+  const uint32_t normal = (magnitude << 13) + (magnitude >= 0x7c00u ? 0x70000000u : 0x38000000u);  // infinity and NaN
+  const uint32_t subnormal = bits_of(float(int32_t(magnitude)) * 0x1p-24f);
+  return float_of((magnitude < 0x0400u ? subnormal : normal) | uint32_t(a.bits & 0x8000u) << 16);
+}
+
+// Round to nearest, ties to even; NaN stays NaN.
+inline void narrow(float a, float& to) { to = a; }
+inline void narrow(double a, double& to) { to = a; }
+inline void narrow(float a, Bfloat16& to) {
+  const uint32_t bits = bits_of(a);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  to.bits = uint16_t(a != a ? 0x7fc0u : rounded);
+}
+inline void narrow(float a, Float16& to) {
+  const uint32_t bits = bits_of(a), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
+  // Normal results: rebias, round on the 13 dropped bits. Subnormal ones: let a float addition do the rounding.
+  const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  const uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - 0x3f000000u;
+  uint32_t half = magnitude < 0x38800000u ? subnormal : normal;
+  half = magnitude >= 0x477ff000u ? 0x7c00u : half;
+  half = magnitude > 0x7f800000u ? 0x7e00u : half;
+  to.bits = uint16_t(half | sign);
+}
+
+// Copies by whole vectors; the last one overlaps the one before, so that short rows need no loop over single elements.
+template <class A, int kLanes = VectorOf<A>::kLanes>
+inline void copy_row(const A* from, A* to, int64_t count) {
+  if constexpr (kLanes == 1) {
+    if (count > 0) *to = *from;
+  } else {
+    constexpr size_t kBytes = kLanes * sizeof(A);
+    if (count < kLanes) return copy_row<A, kLanes / 2>(from, to, count);
+    for (int64_t i = 0; i + kLanes <= count; i += kLanes) __builtin_memcpy(to + i, from + i, kBytes);
+    __builtin_memcpy(to + count - kLanes, from + count - kLanes, kBytes);
+  }
+}
+
+template <class T, class A>
+inline void load_row(const T* from, A* to, int64_t count) {
+  if constexpr (std::is_same_v<T, A>)
+    copy_row(from, to, count);
+  else
+    for (int64_t i = 0; i < count; ++i) to[i] = widen(from[i]);
+}
+template <class T, class A>
+inline void store_row(const A* from, T* to, int64_t count) {
+  if constexpr (std::is_same_v<T, A>)
+    copy_row(from, to, count);
+  else
+    for (int64_t i = 0; i < count; ++i) narrow(from[i], to[i]);
+}
