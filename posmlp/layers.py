@@ -1,0 +1,169 @@
+"""What PosMLP is made of around its gate: stems, downsampling, the block and the level."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from posmlp_kernels import PosSGU
+
+EPS = 1e-6  # of every normalisation in the models
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: while training, a sample's branch is dropped with probability `rate`.
+
+    What is kept is scaled by `1 / (1 - rate)`. `[B, ...] -> [B, ...]` (Huang et al., ECCV 2016).
+    """
+
+    def __init__(self, rate: float = 0.0) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.rate == 0.0:
+            return x
+        keep = 1.0 - self.rate
+        mask = x.new_empty(x.shape[0], *(1,) * (x.dim() - 1)).bernoulli_(keep)
+        return x * (mask / keep if keep > 0 else mask)
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate:.3g}"
+
+
+class AbsoluteEmbedding(nn.Module):
+    """A learned embedding of every place of a map, added to it: `[B, C, H, W] -> [B, C, H, W]`.
+
+    A map of another size than the stored one gets it resampled (bicubic).
+    """
+
+    def __init__(self, dim: int, size: tuple[int, int], **new: Any) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(1, dim, *size, **new))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.trunc_normal_(self.weight, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, size = self.weight, x.shape[-2:]
+        if size != weight.shape[-2:]:
+            weight = F.interpolate(weight, size=size, mode="bicubic", align_corners=False)
+        return x + weight
+
+
+def conv_stem(in_chans: int, dim: int, activation: str, **new: Any) -> nn.Sequential:
+    """PosMLP's stem, three convolutions, two of stride 2: `[B, in_chans, H, W] -> [B, dim, H/4, W/4]`."""
+    layers: list[tuple[str, nn.Module]] = []
+    sizes = ((in_chans, dim // 2, 3, 2), (dim // 2, dim, 3, 2), (dim, dim, 1, 1))
+    for i, (width_in, width_out, kernel, stride) in enumerate(sizes, start=1):
+        conv = nn.Conv2d(width_in, width_out, kernel, stride, kernel // 2, **new)
+        layers += [(f"conv{i}", conv), (f"norm{i}", nn.BatchNorm2d(width_out, eps=EPS, **new))]
+        if i < len(sizes):
+            layers.append((f"act{i}", make_activation(activation)))
+    return nn.Sequential(OrderedDict(layers))
+
+
+def patch_stem(in_chans: int, dim: int, patch: int, **new: Any) -> nn.Sequential:
+    """gMLP's stem, one convolution over separate patches: `[B, in_chans, H, W] -> [B, dim, H/p, W/p]`."""
+    return nn.Sequential(OrderedDict(conv1=PatchConv(in_chans, dim, patch, patch, **new)))
+
+
+class PatchConv(nn.Conv2d):
+    """A convolution whose stride is its kernel; zeros complete the patches at the image's far edges."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        padding = [-size % kernel for size, kernel in zip(x.shape[-2:], self.kernel_size, strict=True)]
+        return super().forward(F.pad(x, (0, padding[1], 0, padding[0])) if any(padding) else x)
+
+
+class Downsample(nn.Module):
+    """Joins two levels, a depth-wise 3x3 convolution and a LayerNorm: `[B, C, H, W] -> [B, C', H/2, W/2]`."""
+
+    def __init__(self, dim_in: int, dim_out: int, **new: Any) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(dim_in, dim_out, 3, 2, 1, groups=dim_in, **new)
+        self.norm = nn.LayerNorm(dim_out, eps=EPS, **new)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class Block(nn.Module):
+    """`x + DropPath(Dropout(W_s PosSGU(act(W_e LN(x)))))`, `[B, H, W, C] -> [B, H, W, C]` (PosMLP, fig. 3).
+
+    The activation belongs to the gate, which applies it as it loads, so that no activated copy is stored.
+    `gate` holds the arguments of `PosSGU` that all blocks of a level share.
+    """
+
+    def __init__(
+        self, dim: int, ratio: float, *, gate: dict[str, Any], drop: float, drop_path: float, **new: Any
+    ) -> None:
+        super().__init__()
+        hidden = int(dim * ratio)
+        self.norm = nn.LayerNorm(dim, eps=EPS, **new)
+        self.fc1 = nn.Linear(dim, hidden, **new)
+        self.gate = PosSGU(hidden, **gate, **new)
+        self.fc2 = nn.Linear(hidden // 2, dim, **new)
+        self.drop = nn.Dropout(drop)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop_path(self.drop(self.fc2(self.gate(self.fc1(self.norm(x))))))
+
+
+class Level(nn.Module):
+    """Blocks at one resolution, behind a downsampling from `dim_in`: `[B, C, H, W] -> [B, C', H', W']`.
+
+    Both ends are views of a channels-last map `[B, H, W, C]`, which is what the blocks work on. There is a
+    block for each of `drop_paths`; with `shift` every second one moves its windows by half a window.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        ratio: float,
+        *,
+        dim_in: int | None,
+        gate: dict[str, Any],
+        shift: bool,
+        drop: float,
+        drop_paths: Sequence[float],
+        **new: Any,
+    ) -> None:
+        super().__init__()
+        self.downsample = nn.Identity() if dim_in is None else Downsample(dim_in, dim, **new)
+        gates = (gate, gate | {"shift": _half(gate["window"])} if shift else gate)
+        self.blocks = nn.Sequential(
+            *(
+                Block(dim, ratio, gate=gates[i % 2], drop=drop, drop_path=drop_path, **new)
+                for i, drop_path in enumerate(drop_paths)
+            )
+        )
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.downsample(x).permute(0, 2, 3, 1).contiguous()  # no copy: convolutions keep channels last
+        for block in self.blocks:
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+        return x.permute(0, 3, 1, 2)
+
+
+def make_activation(name: str) -> nn.Module:
+    """The module of one of `PosSGU`'s activations."""
+    if name == "none":
+        return nn.Identity()
+    return nn.GELU(approximate="tanh" if name == "gelu_tanh" else "none")
+
+
+def _half(window: int | Sequence[int]) -> int | tuple[int, ...]:
+    return window // 2 if isinstance(window, int) else tuple(side // 2 for side in window)
