@@ -1,0 +1,1 @@
+"""Measurements that tell the truth: ratios in one run, beside the machine's own limits."""

@@ -1,0 +1,36 @@
+"""What a user would write instead of the operator, at its best in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from posmlp_kernels import mixing_matrix
+
+_NEGLIGIBLE = (
+    1e-30  # weights that no sum can see; as subnormals they would slow the product down several times
+)
+
+
+def mixing(table: Tensor, window: int) -> Tensor:
+    """P `[S, N, N]` from the table, without weights that only cost time."""
+    weights = mixing_matrix(table, window, True)
+    return weights.masked_fill(weights < _NEGLIGIBLE, 0.0)
+
+
+def gate(x: Tensor, weights: Tensor, bias: Tensor, window: int) -> Tensor:
+    """`[B, H, W, 2C] -> [B, H, W, C]` for maps that the windows tile; P `[S, N, N]` is given.
+
+    One batched product over the groups, with (window, channel) as its long axis: measured, this is faster
+    than an einsum or a product per window.
+    """
+    batch, height, width, channels = x.shape
+    groups, rows, columns = weights.shape[0], height // window, width // window
+    mixed, factor = x.chunk(2, -1)
+    # [B, rows, h, columns, w, S, D] -> [S, N, B * rows * columns * D]
+    mixed = mixed.reshape(batch, rows, window, columns, window, groups, -1)
+    mixed = mixed.permute(5, 2, 4, 0, 1, 3, 6).reshape(groups, window * window, -1)
+    mixed = torch.baddbmm(bias.view(1, -1, 1), weights, mixed)
+    mixed = mixed.view(groups, window, window, batch, rows, columns, -1)
+    mixed = mixed.permute(3, 4, 1, 5, 2, 0, 6)
+    return mixed.reshape(batch, height, width, channels // 2) * factor
