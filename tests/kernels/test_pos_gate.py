@@ -1,0 +1,162 @@
+"""Values and gradients of every back end, case by case: no worse than plain PyTorch in the same dtype."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from support import SAMPLE, device_of, over_backends, over_cases, skip_if_interpreter_lacks
+
+from posmlp_kernels import pos_gate
+from posmlp_kernels.testing import (
+    CASES,
+    PARAMETERS,
+    assert_no_worse,
+    find_case,
+    make_inputs,
+    poisoned_memory,
+    run,
+    run_eager,
+    truth_of,
+    with_gradients,
+)
+
+
+def assert_case_no_worse(backend, case, dtype, parameter_dtype=None):
+    inputs = make_inputs(case, dtype, device_of(backend), parameter_dtype=parameter_dtype)
+    with poisoned_memory():
+        actual = with_gradients(partial(run, backend=backend), case, inputs)
+    assert_no_worse(actual, with_gradients(run_eager, case, inputs), truth_of(case, inputs))
+    return actual
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@over_cases()
+def test_no_worse_than_eager(backend, case, dtype):
+    skip_if_interpreter_lacks(backend, dtype)
+    assert_case_no_worse(backend, case, dtype)
+
+
+@over_cases()
+def test_float64_is_computed_in_float64(backend, case):
+    """No wider truth exists here. 1e-12 of the largest entry is far above the rounding of these sums in any
+    order, and a hundred thousand times below what a detour through float32 leaves."""
+    inputs = make_inputs(case, torch.float64, device_of(backend))
+    with poisoned_memory():
+        actual = with_gradients(partial(run, backend=backend), case, inputs)
+    for name, truth in truth_of(case, inputs).items():
+        assert actual[name].dtype == torch.float64
+        scale = max(1.0, truth.abs().max().item() if truth.numel() else 0.0)
+        assert torch.allclose(actual[name].cpu(), truth, rtol=0, atol=1e-12 * scale), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@over_cases([find_case("shift_partial"), find_case("gelu_tanh_norm"), find_case("matrix_grouped")])
+def test_wide_parameters_with_half_inputs(backend, case, dtype):
+    """As under autocast: float32 parameters are used as they are, and get float32 gradients."""
+    skip_if_interpreter_lacks(backend, dtype)
+    actual = assert_case_no_worse(backend, case, dtype, torch.float32)
+    assert all(t.dtype == (dtype if name in ("z", "dx") else torch.float32) for name, t in actual.items())
+
+
+@over_cases([find_case(name) for name in ("sgu", "matrix_shared", "shift_partial", "line")])
+def test_each_gradient_alone(backend, case):
+    """A gradient asked for alone is the one that comes with all the others, bit for bit."""
+    inputs = make_inputs(case, torch.float32, device_of(backend))
+    together = with_gradients(partial(run, backend=backend), case, inputs)
+    for name in ("x", *PARAMETERS):
+        if inputs[name] is None:
+            continue
+        leaf = inputs[name].detach().requires_grad_()
+        z = run(case, {**inputs, name: leaf}, backend)
+        (gradient,) = torch.autograd.grad(z, leaf, inputs["dz"])
+        assert torch.equal(gradient, together[f"d{name}"]), name
+
+
+@over_cases([find_case("shift_partial"), find_case("many_windows"), find_case("sgu"), find_case("tiles")])
+def test_same_input_same_bits(backend, case):
+    """Gradients too, and with any number of threads: sums are kept in a fixed order."""
+    inputs = make_inputs(case, torch.float32, device_of(backend))
+    threads, results = torch.get_num_threads(), []
+    # The reference's sums are PyTorch's, which split by thread; a GPU's threads are not the host's.
+    counts = (1, 2, 3, 2) if backend == "cpu" else (threads, threads)
+    try:
+        for count in counts:
+            torch.set_num_threads(count)
+            results.append(with_gradients(partial(run, backend=backend), case, inputs))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(results[0][name], other[name]) for name in other)
+
+
+@over_backends()
+def test_batches_do_not_mix(backend):
+    """One image gives the same bits alone and in a batch."""
+    case = find_case("shift_partial")
+    inputs = make_inputs(case, torch.float32, device_of(backend))
+    whole = run(case, inputs, backend)
+    alone = run(case, {**inputs, "x": inputs["x"][1:]}, backend)
+    assert torch.allclose(whole[1:], alone, rtol=0, atol=0 if backend != "reference" else 1e-6)
+
+
+@over_backends()
+def test_empty_maps(backend):
+    """No tokens: an empty output, and zeros as gradients."""
+    x = torch.randn(2, 0, 4, 8, device=device_of(backend), requires_grad=True)
+    table = torch.randn(2, 5, 5, device=x.device, requires_grad=True)
+    z = pos_gate(x, table, window=3, softmax=True, backend=backend)
+    assert z.shape == (2, 0, 4, 4)
+    z.sum().backward()
+    assert x.grad.shape == x.shape and not table.grad.any()
+
+
+@over_backends()
+def test_far_centres_stay_finite(backend):
+    """Centres hundreds of tokens away: without each row's own maximum the softmax is 0 / 0."""
+    case = find_case("far_centres")
+    inputs = make_inputs(case, torch.float32, device_of(backend))
+    table = inputs["table"] * 1000
+    result = with_gradients(partial(run, backend=backend), case, {**inputs, "table": table})
+    assert all(t.isfinite().all() for t in result.values())
+
+
+@over_backends()
+def test_nan_stays_in_its_window_and_group(backend):
+    """A NaN reaches the tokens of its window that it is mixed into, and no others."""
+    case = find_case("tiles")
+    inputs = make_inputs(case, torch.float32, device_of(backend))
+    clean = run(case, inputs, backend)
+    x = inputs["x"].clone()
+    x[0, 1, 2, 3] = torch.nan  # in the first window of the first image
+    z = run(case, {**inputs, "x": x}, backend)
+    touched = torch.zeros_like(z, dtype=torch.bool)
+    touched[0, :4, :4, 3] = True
+    assert z[touched].isnan().all()
+    assert torch.equal(z[~touched], clean[~touched])
+
+
+def test_the_measure_fails_wrong_results():
+    """The yardstick itself: NaN, an error of three times eager's, a wrong dtype or shape do not pass."""
+    truth = torch.linspace(-1, 1, 9, dtype=torch.float64)
+    eager = truth + 1e-3
+    assert_no_worse(truth + 2e-3 - 1e-9, eager, truth)
+    assert_no_worse(truth.float(), truth.float(), truth)
+    for wrong in (truth + 3e-3, truth * torch.nan, truth.float(), truth[:5]):
+        with pytest.raises(AssertionError):
+            assert_no_worse(wrong, eager, truth)
+    with pytest.raises(AssertionError):
+        assert_no_worse({"z": truth}, {"z": truth, "dx": truth}, {"z": truth, "dx": truth})
+
+
+def test_poison_reaches_new_memory():
+    with poisoned_memory():
+        assert torch.empty(7).isnan().all()
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_every_case_has_a_reason_and_a_name_of_its_own():
+    assert len({case.name for case in CASES}) == len(CASES)
+    assert all(len(case.why.split()) > 2 for case in CASES)
+    assert {case.name for case in CASES} >= SAMPLE
