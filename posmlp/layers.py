@@ -13,6 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from posmlp_kernels import PosSGU
 
+from .linear import Linear
+
 EPS = 1e-6  # of every normalisation in the models
 
 
@@ -108,9 +110,9 @@ class Block(nn.Module):
         super().__init__()
         hidden = int(dim * ratio)
         self.norm = nn.LayerNorm(dim, eps=EPS, **new)
-        self.fc1 = nn.Linear(dim, hidden, **new)
+        self.fc1 = Linear(dim, hidden, **new)
         self.gate = PosSGU(hidden, **gate, **new)
-        self.fc2 = nn.Linear(hidden // 2, dim, **new)
+        self.fc2 = Linear(hidden // 2, dim, **new)
         self.drop = nn.Dropout(drop)
         self.drop_path = DropPath(drop_path)
 
