@@ -12,10 +12,10 @@ _NEGLIGIBLE = (
 )
 
 
-def mixing(table: Tensor, window: int) -> Tensor:
+def mixing(table: Tensor, window: int, softmax: bool = True, matrix: Tensor | None = None) -> Tensor:
     """P `[S, N, N]` from the table, without weights that only cost time."""
-    weights = mixing_matrix(table, window, True)
-    return weights.masked_fill(weights < _NEGLIGIBLE, 0.0)
+    weights = mixing_matrix(table, window, softmax, matrix)
+    return weights.masked_fill(weights < _NEGLIGIBLE, 0.0) if softmax else weights
 
 
 def gate(x: Tensor, weights: Tensor, bias: Tensor, window: int) -> Tensor:

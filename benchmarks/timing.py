@@ -1,16 +1,24 @@
-"""Warm-up, medians, and the machine's ceilings measured in the same run."""
+"""Medians of interleaved runs, the ceilings of the machine, and peak memory."""
 
 from __future__ import annotations
 
+import os
 import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from datetime import date
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+
+_BURST = 0.02  # seconds that a contender keeps in a round, so that short ones get as warm as long ones
+_WARM_UP = 2
 
 
 @dataclass(frozen=True)
@@ -19,42 +27,134 @@ class Time:
 
     median: float
     spread: float
+    runs: int
+
+    @classmethod
+    def of(cls, times: list[float]) -> Time:
+        low, _, high = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
+        return cls(statistics.median(times), high - low, len(times))
 
 
-def measure(work: Callable[[], object], seconds: float = 0.6, least: int = 5) -> Time:
-    """Run `work` after a warm-up until `seconds` have passed, at least `least` times."""
-    for _ in range(2):
-        work()
+def race(
+    contenders: Mapping[str, Callable[[], object]], seconds: float = 0.5, rounds: int = 5
+) -> dict[str, Time]:
+    """Time contenders in turn, round after round, so that the machine's drift meets all alike.
+
+    Args:
+        contenders: what to call, by name.
+        seconds: to spend on each, at least.
+        rounds: at least.
+    """
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for work in contenders.values():
+        for _ in range(_WARM_UP):
+            work()
+    end, done = time.perf_counter() + seconds * len(contenders), 0
+    while done < rounds or time.perf_counter() < end:
+        for name, work in contenders.items():
+            times[name] += _burst(work)
+        done += 1
+    return {name: Time.of(runs) for name, runs in times.items()}
+
+
+def _burst(work: Callable[[], object]) -> list[float]:
     times: list[float] = []
-    while len(times) < least or sum(times) < seconds:
-        start = time.perf_counter()
+    while sum(times) < _BURST:
+        start = _now()
         work()
-        times.append(time.perf_counter() - start)
-    low, _, high = statistics.quantiles(times, n=4)
-    return Time(statistics.median(times), high - low)
+        times.append(_now() - start)
+    return times
 
 
-def sgemm_rate(size: int = 2048) -> float:
-    """Flops a second of torch's float32 product of two square matrices."""
-    a, b = torch.randn(size, size), torch.randn(size, size)
-    return 2 * size**3 / measure(lambda: a @ b).median
+def _now() -> float:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
-def copy_rate(megabytes: int = 256) -> float:
-    """Bytes a second, read and written, of a large copy."""
-    source = torch.zeros(megabytes * 2**20 // 4)
-    target = torch.empty_like(source).copy_(source)
-    return 2 * source.nbytes / measure(lambda: target.copy_(source)).median
+class Ceilings:
+    """What the machine can do at best: a few works that race along with everything else.
+
+    gemm: flops a second of torch's product of two square matrices (in float32 on a CPU, MKL's sgemm).
+    onednn: the same product by oneDNN, where torch has it; MKL keeps to AVX2 on processors not Intel's.
+    copy: bytes a second, read and written, of a copy far larger than the caches.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, size: int = 2048) -> None:
+        a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+        source = torch.zeros(size * size * 16, device=device)
+        target = torch.empty_like(source).copy_(source)
+        self.amounts = {"gemm": 2.0 * size**3, "copy": 2.0 * source.nbytes}
+        self.works: dict[str, Callable[[], object]] = {
+            "gemm": lambda: a @ b,
+            "copy": lambda: target.copy_(source),
+        }
+        if device.type == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available():
+            c, d = a.to_mkldnn(), b.to_mkldnn()
+            self.amounts["onednn"] = self.amounts["gemm"]
+            self.works["onednn"] = lambda: F.linear(c, d)
+
+    def rates(self, times: Mapping[str, Time]) -> dict[str, float]:
+        """Flops or bytes a second, from the results of a race."""
+        return {name: amount / times[name].median for name, amount in self.amounts.items()}
 
 
-def machine() -> dict:
+def summary(rates: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """Of the ceilings found in all races of a run, in their order: how far the machine could be relied on."""
+    columns = {name: [each[name] for each in rates] for name in rates[0]}
+    return {
+        name: {
+            "median": statistics.median(column),
+            "first": column[0],
+            "last": column[-1],
+            "least": min(column),
+            "most": max(column),
+        }
+        for name, column in columns.items()
+    }
+
+
+def peak_memory(build: Callable[..., Callable[[], object]], *arguments: object) -> int | None:
+    """The most bytes that `work = build(*arguments); work(); work()` holds at a time, in a fresh process.
+
+    On a GPU what its allocator handed out. On a CPU the high-water mark of resident memory beyond what the
+    process held before `build`: libraries' buffers and the allocator's slack count, as they do in use. None
+    where the system does not say (anything but Linux).
+    """
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(_peak, build, arguments).result()
+
+
+def _peak(build: Callable[..., Callable[[], object]], arguments: tuple) -> int | None:
+    before = _resident("VmRSS")
+    work = build(*arguments)
+    work()
+    work()
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    # Not getrusage: a process inherits the high-water mark of the one that started it.
+    after = _resident("VmHWM")
+    return None if before is None or after is None else after - before
+
+
+def _resident(field: str) -> int | None:
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    sizes = [int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")]
+    return sizes[0] if sizes else None
+
+
+def machine(device: torch.device) -> dict[str, str | int]:
     """What the figures were measured on, and with what."""
     return {
-        "processor": _processor(),
+        "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count() or 0,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "commit": _commit(),
+        "date": date.today().isoformat(),
     }
 
 
@@ -68,8 +168,14 @@ def _processor() -> str:
 
 
 def _commit() -> str:
-    try:
-        command = ["git", "rev-parse", "--short", "HEAD"]
+    """The commit, with a plus where what is measured differs from it."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parents[1]), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--", "csrc", "posmlp_kernels", "posmlp")
+        return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

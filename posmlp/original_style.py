@@ -1,16 +1,21 @@
-"""The gate as the paper's released code computes it, to measure against and to check layouts with.
+"""The gate and the model as the paper's released code computes them, to measure against.
 
 Eager PyTorch throughout: windows are cut by a copy, the channel groups are interleaved and dealt out by
 views, the mixing map `[N, N, S]` is built from index features on every call, and one einsum mixes all
-windows, for which it copies the map once per window.
+windows, for which it copies the map once per window. The activation is a layer of its own.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from posmlp_kernels import PosSGU
+
+from .layers import EPS
+from .model import PosMLP
 
 
 class OriginalStyleGate(nn.Module):
@@ -62,6 +67,96 @@ class OriginalStyleGate(nn.Module):
         out = mixed.flatten(-2) * gate
         out = out.view(batch, height // w, width // w, w, w, -1).permute(0, 1, 3, 2, 4, 5).contiguous()
         return out.view(batch, height, width, -1)
+
+
+class OriginalStyleBlock(nn.Module):
+    """`x + W_s gate(GELU(W_e LN(x)))`, `[B, H, W, C] -> [B, H, W, C]`."""
+
+    def __init__(self, dim: int, hidden: int, window: int, groups: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, eps=EPS)
+        self.fc1 = nn.Linear(dim, hidden)
+        self.act = nn.GELU()
+        self.gate = OriginalStyleGate(window, groups)
+        self.fc2 = nn.Linear(hidden // 2, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.fc2(self.gate(self.act(self.fc1(self.norm(x)))))
+
+
+class OriginalStylePosMLP(nn.Module):
+    """`[B, 3, H, W] -> [B, num_classes]`: PosMLP out of torch's own layers and original-style gates.
+
+    Module names are those of `PosMLP`. Every level's map must be a multiple of its window.
+
+    Args:
+        dims, depths, windows, groups, ratios: an entry per level, as in `PosMLP`.
+    """
+
+    def __init__(
+        self,
+        dims: Sequence[int],
+        depths: Sequence[int],
+        windows: Sequence[int],
+        groups: Sequence[int],
+        ratios: Sequence[float],
+        num_classes: int = 1000,
+    ) -> None:
+        super().__init__()
+        self.stem = nn.Sequential()
+        sizes = ((3, dims[0] // 2, 3, 2), (dims[0] // 2, dims[0], 3, 2), (dims[0], dims[0], 1, 1))
+        for i, (width_in, width_out, kernel, stride) in enumerate(sizes, start=1):
+            self.stem.add_module(f"conv{i}", nn.Conv2d(width_in, width_out, kernel, stride, kernel // 2))
+            self.stem.add_module(f"norm{i}", nn.BatchNorm2d(width_out, eps=EPS))
+            if i < len(sizes):
+                self.stem.add_module(f"act{i}", nn.GELU())
+        self.levels = nn.ModuleList()
+        for i, dim in enumerate(dims):
+            level = nn.Module()
+            if i:
+                level.downsample = nn.Module()
+                level.downsample.conv = nn.Conv2d(dims[i - 1], dim, 3, 2, 1, groups=dims[i - 1])
+                level.downsample.norm = nn.LayerNorm(dim, eps=EPS)
+            hidden = int(dim * ratios[i])
+            level.blocks = nn.Sequential(
+                *(OriginalStyleBlock(dim, hidden, windows[i], groups[i]) for _ in range(depths[i]))
+            )
+            self.levels.append(level)
+        self.norm = nn.LayerNorm(dims[-1], eps=EPS)
+        self.head = nn.Linear(dims[-1], num_classes)
+
+    @classmethod
+    def like(cls, model: PosMLP) -> OriginalStylePosMLP:
+        """One with the weights of a `PosMLP` (quadratic, square windows, no shift); it computes the same."""
+        gates = [level.blocks[0].gate for level in model.levels]
+        made = cls(
+            model.dims,
+            model.depths,
+            [gate.window[0] for gate in gates],
+            [gate.groups for gate in gates],
+            [gate.dim / dim for gate, dim in zip(gates, model.dims, strict=True)],
+            model.num_classes,
+        )
+        state = dict(model.state_dict())
+        for name, block in made.named_modules():
+            if isinstance(block, OriginalStyleBlock):
+                order = interleaved(block.fc2.in_features, block.gate.groups)
+                both = torch.cat([order, order + len(order)])
+                state[f"{name}.fc1.weight"] = state[f"{name}.fc1.weight"][both]
+                state[f"{name}.fc1.bias"] = state[f"{name}.fc1.bias"][both]
+                state[f"{name}.fc2.weight"] = state[f"{name}.fc2.weight"][:, order]
+                state[f"{name}.gate.bias"] = state[f"{name}.gate.bias"].view_as(block.gate.bias)
+        made.load_state_dict(state)
+        return made
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for level in self.levels:
+            if hasattr(level, "downsample"):
+                x = level.downsample.conv(x)
+                x = level.downsample.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            x = level.blocks(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # [B, C, H, W]
+        return self.head(self.norm(x.permute(0, 2, 3, 1)).mean((1, 2)))
 
 
 def interleaved(channels: int, groups: int) -> Tensor:

@@ -1,9 +1,10 @@
-"""The gate in the original's manner, which ours is measured against, computes the same."""
+"""The gate and the model in the original's manner, which ours are measured against, compute the same."""
 
 import pytest
 import torch
 
-from posmlp.original_style import OriginalStyleGate, interleaved
+from posmlp import PosMLP
+from posmlp.original_style import OriginalStyleGate, OriginalStylePosMLP, interleaved
 from posmlp_kernels import PosSGU
 
 
@@ -34,3 +35,15 @@ def test_gradients_equal_the_layers():
 def test_maps_that_the_windows_do_not_tile_are_refused():
     with pytest.raises(ValueError, match="multiple of the window 4, got 4 x 6"):
         OriginalStyleGate(4, 2)(torch.randn(1, 4, 6, 8))
+
+
+def test_the_model_equals_ours():
+    """Two levels of different windows and groups; batch statistics, GELU and downsampling included."""
+    torch.manual_seed(0)
+    model = PosMLP((12, 24), (1, 2), (4, 2), (3, 4), (4, 2), num_classes=5)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("gate.bias", "center")):
+            torch.nn.init.normal_(parameter)
+    original, x = OriginalStylePosMLP.like(model), torch.randn(2, 3, 32, 48)
+    for mode in (True, False):
+        torch.testing.assert_close(original.train(mode)(x), model.train(mode)(x), rtol=1e-4, atol=1e-5)

@@ -1,0 +1,118 @@
+"""The gates that are measured: those of the PosMLP family, the other encodings and windows, and sweeps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import torch
+
+from posmlp_kernels import PosSGU
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A gate on square maps `[batch, map, map, 2 * channels]`.
+
+    Args:
+        trained: encodings that have moved from where they start (quadratic ones only).
+        against: what it is measured against, by name.
+    """
+
+    name: str
+    map: int
+    window: int
+    channels: int
+    groups: int
+    batch: int = 8
+    encoding: str = "gqpe"
+    shift: int = 0
+    trained: bool = False
+    against: tuple[str, ...] = ("plain",)
+
+    @property
+    def tiled(self) -> bool:
+        """Whether whole windows cover the map."""
+        return self.map % self.window == 0 and self.shift == 0
+
+    def flops(self, backward: bool) -> float:
+        """Those of mixing tokens that share a window; a backward takes three times the forward's."""
+        edges = [0, *range(self.window - self.shift, self.map, self.window), self.map]
+        pairs = sum((end - start) ** 2 for start, end in pairwise(edges)) ** 2
+        return 2.0 * self.batch * pairs * self.channels * (4 if backward else 1)
+
+    def elements(self, backward: bool) -> int:
+        """What must at least be read or written: x, z; then x and dz again, and dx."""
+        return self.batch * self.map**2 * self.channels * (8 if backward else 3)
+
+    def layer(self, activation: str = "none", backend: str | None = None) -> PosSGU:
+        """The layer in eval mode, with the same parameters on every call."""
+        generator = torch.Generator().manual_seed(0)
+
+        def normal(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, generator=generator)
+
+        torch.manual_seed(0)
+        layer = PosSGU(
+            2 * self.channels,
+            self.window,
+            groups=self.groups,
+            encoding=self.encoding,
+            shift=self.shift,
+            activation=activation,
+            backend=backend,
+        )
+        with torch.no_grad():
+            layer.bias.copy_(normal(self.window**2))
+            if self.trained and self.encoding == "gqpe":
+                # Stands for training, after which groups look at different places, sharply or widely, along
+                # directions of their own: the demo's gates end at centres 1 to 2 tokens away and singular
+                # values of the factor from 0.01 to 3. These are wider on the whole (median 0.6), so that
+                # fewer weights are negligible: the harder case.
+                layer.center.copy_(1.5 * normal(self.groups, 2))
+                layer.factor.copy_(0.6 * (torch.eye(2) + 0.5 * normal(self.groups, 2, 2)))
+        return layer.eval()
+
+
+_EAGER = ("ours, gelu", "plain", "plain, P given", "original")
+_ALL = (*_EAGER, "original, compiled")
+STAGES = (
+    Gate("stage 1", 56, 14, 192, 8, against=_ALL),
+    Gate("stage 2", 28, 14, 384, 16, against=_ALL),
+    Gate("stage 3", 14, 14, 768, 32, against=_ALL),
+    Gate("stage 4", 7, 7, 768, 64, against=_ALL),
+)
+TRAINED = tuple(replace(s, name=f"{s.name}, trained", trained=True, against=_EAGER) for s in STAGES)
+_STAGE_2 = replace(TRAINED[1], against=("plain",))
+VARIANTS = (
+    replace(_STAGE_2, name="LRPE", encoding="lrpe", groups=1),
+    replace(_STAGE_2, name="GLRPE", encoding="lrpe"),
+    replace(_STAGE_2, name="LRPE-M", encoding="lrpe_m", groups=1),
+    replace(_STAGE_2, name="shifted windows", shift=7),
+    replace(_STAGE_2, name="partial windows, 30²", map=30),
+    replace(_STAGE_2, name="partial, shifted, 30²", map=30, shift=7),
+    replace(_STAGE_2, name="window 7, 56²", map=56, window=7, channels=192, groups=8),
+    replace(_STAGE_2, name="window 12, 48²", map=48, window=12),
+    replace(_STAGE_2, name="window 24, 24²", map=24, window=24, channels=768, groups=32),
+    *(
+        replace(stage, name=f"{stage.name} of {size}", channels=stage.channels * d // 96, against=("plain",))
+        for size, d in (("S", 128), ("B", 192))
+        for stage in TRAINED[:3]
+    ),
+)
+CASES = STAGES + TRAINED + VARIANTS
+
+# Forward time against one size, the others fixed: by the axis's label, a gate for every size.
+_SWEPT = [replace(stage, against=("plain", "original")) for stage in TRAINED]
+SWEEPS: dict[str, dict[int, Gate]] = {
+    "batch (14² map, window 14, C = 768, S = 32)": {
+        batch: replace(_SWEPT[2], batch=batch) for batch in (1, 2, 4, 8, 16, 32, 64)
+    },
+    "side of the map (batch 4, window 14, C = 192, S = 8)": {
+        side: replace(_SWEPT[0], batch=4, map=side) for side in (14, 28, 42, 56, 84, 112)
+    },
+    "side of the window (batch 2, 96² map, C = 96, S = 8)": {
+        side: replace(_SWEPT[0], batch=2, map=96, channels=96, window=side)
+        for side in (4, 6, 8, 12, 16, 24, 32)
+    },
+}

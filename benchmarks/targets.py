@@ -1,0 +1,95 @@
+"""What the package sets out to reach, and whether a run of the benchmarks shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+STAGES = ("stage 1", "stage 2", "stage 3")
+RIVALS = ("convnext_tiny", "swin_tiny_patch4_window7_224")
+OURS, ORIGINAL = "posmlp_tiny", "original PosMLP-T"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A measured quantity beside the bound that it has to keep."""
+
+    what: str
+    value: float
+    bound: float
+    at_least: bool
+
+    @property
+    def holds(self) -> bool:
+        return self.value >= self.bound if self.at_least else self.value <= self.bound
+
+    def cells(self) -> tuple[str, str, str, str]:
+        """What, how much, the bound, and whether it holds."""
+        bound = f"{'at least' if self.at_least else 'at most'} {self.bound:g}"
+        return self.what, f"{self.value:.2f}", bound, "yes" if self.holds else "no"
+
+
+def at_least(what: str, value: float, bound: float) -> Target:
+    return Target(what, value, bound, True)
+
+
+def at_most(what: str, value: float, bound: float) -> Target:
+    return Target(what, value, bound, False)
+
+
+def gate_targets(results: dict) -> list[Target]:
+    """Those of the gate that the results can answer, from what `bench_pos_gate` writes."""
+    return [target for row in results["rows"] for target in _of_row(row)]
+
+
+def _of_row(row: dict) -> Iterator[Target]:
+    case, forward = row["case"], row["direction"] == "forward"
+    times = {name: time["median"] for name, time in row["times"].items()}
+    stage, ours = case.removesuffix(", trained"), times["ours"]
+    share = row["flops"] / ours / row["ceilings"]["gemm"]
+    where = f"{case}, {row['direction']}"
+    if stage == "stage 4":
+        if forward:
+            copy = row["bytes"] / row["ceilings"]["copy"]
+            yield at_most(f"{where}: times the time to copy its bytes", ours / copy, 2)
+    elif stage in STAGES:
+        yield at_least(f"{where}: share of the sgemm rate", share, 0.75 if forward else 0.6)
+        faster = times["original"] / ours
+        yield at_least(f"{where}: times as fast as the original", faster, 9 if forward else 4)
+    elif forward:
+        yield at_least(f"{where}: share of the sgemm rate", share, 0.5)
+    if "ours, gelu" in times and forward:
+        alone = 100 * times["gelu alone"] / ours
+        percent = 100 * (times["ours, gelu"] / ours - 1)
+        yield at_most(f"{where}: % that a fused GELU adds (eager GELU alone: {alone:.0f} %)", percent, 15)
+
+
+def model_targets(results: dict) -> list[Target]:
+    """Those of the whole models, from what `bench_models` writes."""
+    return [target for row in results["rows"] for target in _of_models(row)]
+
+
+def _of_models(row: dict) -> Iterator[Target]:
+    where = f"{row['what']}, batch {row['batch']}"
+    training = row["what"] == "training step"
+    times = {name: time["median"] for name, time in row["times"].items()}
+    for how, suffix, bound in (("eager", "", 0.85 if training else 0.8), ("compiled", ", compiled", 0.95)):
+        rivals = [times[name + suffix] for name in RIVALS if name + suffix in times]
+        if rivals:
+            what = f"{where}: time beside the faster of ConvNeXt-T and Swin-T, {how}"
+            yield at_most(what, times[OURS] / min(rivals), bound)
+    if ORIGINAL in times:
+        faster = times[ORIGINAL] / times[OURS]
+        yield at_least(f"{where}: times as fast as the original", faster, 2.2 if training else 3)
+    memory = row.get("memory", {})
+    if memory.get(OURS) and memory.get(ORIGINAL):
+        share = memory[OURS] / memory[ORIGINAL]
+        yield at_most(f"{where}: peak memory beside the original's", share, 0.6)
+
+
+def show(ceilings: dict, targets: list[Target]) -> None:
+    """Print the machine's ceilings and the targets."""
+    rates = (f"{name} {rate['median'] / 1e9:.0f}" for name, rate in ceilings.items())
+    print(f"\nceilings: {', '.join(rates)} (GF/s; copy GB/s)\n")
+    for what, value, bound, holds in (target.cells() for target in targets):
+        print(f"{what:<84}{value:>8}   {bound:<14} {holds}")
