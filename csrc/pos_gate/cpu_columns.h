@@ -84,11 +84,27 @@ class Wanted {
 // to[k - first, :] for the tokens first <= k < last; columns beyond the pieces are left alone.
 template <class U, class A>
 __attribute__((noinline)) void load_rows(const Map<const U>& map, const Pieces& pieces, int64_t first, int64_t last, A* to) {
-  for (int64_t k = first; k < last; ++k, to += kPanelOf<A>)
-    for (const Piece& piece : pieces) load_row(map.at(piece, k), to + piece.column, piece.count);
+  const int64_t* offset = &map.offset[first];
+  for (const Piece& piece : pieces) {
+    const U* rows = map.data + piece.*map.origin + piece.channel;
+    const auto source = [=](int64_t k) { return rows + offset[k]; };
+    const auto target = [=, column = piece.column](int64_t k) { return to + k * kPanelOf<A> + column; };
+    if constexpr (std::is_same_v<U, A>)
+      copy_rows<A>(last - first, piece.count, source, target);
+    else
+      for (int64_t k = 0; k < last - first; ++k) load_row(source(k), target(k), piece.count);
+  }
 }
 template <class U, class A>
 __attribute__((noinline)) void store_rows(const A* from, const Map<U>& map, const Pieces& pieces, int64_t first, int64_t last) {
-  for (int64_t k = first; k < last; ++k, from += kPanelOf<A>)
-    for (const Piece& piece : pieces) store_row(from + piece.column, map.at(piece, k), piece.count);
+  const int64_t* offset = &map.offset[first];
+  for (const Piece& piece : pieces) {
+    U* rows = map.data + piece.*map.origin + piece.channel;
+    const auto source = [=, column = piece.column](int64_t k) { return from + k * kPanelOf<A> + column; };
+    const auto target = [=](int64_t k) { return rows + offset[k]; };
+    if constexpr (std::is_same_v<U, A>)
+      copy_rows<A>(last - first, piece.count, source, target);
+    else
+      for (int64_t k = 0; k < last - first; ++k) store_row(source(k), target(k), piece.count);
+  }
 }

@@ -33,14 +33,16 @@ __attribute__((noinline)) void multiply_tile(const Packed<A>& packed, int64_t ti
   const int64_t entries = packed.begin[tile + 1] - packed.begin[tile];
   const int32_t* row = packed.row.data() + packed.begin[tile];
   const A* weights = packed.weights.data() + packed.begin[tile] * kTileRows;
-  for (int64_t e = 0; e < entries; ++e, weights += kTileRows) {
+  int64_t e = 0;
+  do {
     wanted.ask();
     const A* values = from + row[e];
     Vec<A> vectors[kVectors];
     for (int v = 0; v < kVectors; ++v) vectors[v] = load<A>(values + v * kLanes);
     for (int r = 0; r < kTileRows; ++r)
       for (int v = 0; v < kVectors; ++v) sums[r][v] += weights[r] * vectors[v];
-  }
+    weights += kTileRows;
+  } while (++e < entries);
   for (int r = 0; r < kTileRows; ++r)
     for (int v = 0; v < kVectors; ++v) store<A>(to + r * kPanel + v * kLanes, sums[r][v]);
   wanted.ask_for_the_rest();

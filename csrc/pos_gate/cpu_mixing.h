@@ -185,6 +185,10 @@ class Mixing {
       const bool side_by_side =
           rows == kTileRows && b_.place[first + rows - 1] == b_.place[first] + rows - 1 && factored_;
       entries = side_by_side ? pack_run<kRows>(packed, entries, first) : pack_tile<kRows>(packed, entries, first, rows);
+      if (entries == packed.begin.back()) {  // a tile has at least one
+        std::fill_n(&packed.weights[entries * kTileRows], kTileRows, A(0));
+        packed.row[entries++] = 0;
+      }
       packed.begin.push_back(entries);
     }
   }

@@ -70,6 +70,28 @@ inline void copy_row(const A* from, A* to, int64_t count) {
   }
 }
 
+// copy_row for rows from(k) to to(k), k < rows.
+template <class A, class From, class To, int kLanes = VectorOf<A>::kLanes>
+inline void copy_rows(int64_t rows, int64_t count, const From& from, const To& to) {
+  if constexpr (kLanes > 1) {
+    if (count < kLanes) return copy_rows<A, From, To, kLanes / 2>(rows, count, from, to);
+    if (count <= 2 * kLanes) {
+      typedef A Piece __attribute__((vector_size(kLanes * sizeof(A))));
+      for (int64_t k = 0; k < rows; ++k) {
+        const A* source = from(k);
+        A* target = to(k);
+        Piece first, last;
+        __builtin_memcpy(&first, source, sizeof first);
+        __builtin_memcpy(&last, source + count - kLanes, sizeof last);
+        __builtin_memcpy(target, &first, sizeof first);
+        __builtin_memcpy(target + count - kLanes, &last, sizeof last);
+      }
+      return;
+    }
+  }
+  for (int64_t k = 0; k < rows; ++k) copy_row<A>(from(k), to(k), count);
+}
+
 template <class T, class A>
 inline void load_row(const T* from, A* to, int64_t count) {
   if constexpr (std::is_same_v<T, A>)
