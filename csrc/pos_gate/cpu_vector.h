@@ -140,9 +140,9 @@ inline auto gelu_tanh(V x) {
   using A = std::remove_reference_t<decltype(x[0])>;
   constexpr A kScale = A(0.79788456080286535588), kCubic = A(0.044715);
   const V u = kScale * (x + kCubic * x * x * x);
-  const V gate = A(1) / (A(1) + exponential(A(-2) * u));
+  const V decay = exponential(A(-2) * u), gate = A(1) / (A(1) + decay), rest = decay * gate;  // 1 - gate, uncancelled
   const V slope = kScale * (A(1) + A(3) * kCubic * x * x);
-  return ActivationValue<A>{x * gate, gate + A(2) * x * gate * (A(1) - gate) * slope};
+  return ActivationValue<A>{x * gate, gate + A(2) * x * gate * rest * slope};
 }
 
 // values[i] = act(values[i]), and slopes[i] = act'(values[i]) if wanted; count is a multiple of the lanes.
