@@ -13,6 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from posmlp_kernels import PosSGU
 
+from .folding import FoldingSequential
+from .linear import Linear
+
 EPS = 1e-6  # of every normalisation in the models
 
 
@@ -58,7 +61,7 @@ class AbsoluteEmbedding(nn.Module):
         return x + weight
 
 
-def conv_stem(in_chans: int, dim: int, activation: str, **new: Any) -> nn.Sequential:
+def conv_stem(in_chans: int, dim: int, activation: str, **new: Any) -> FoldingSequential:
     """PosMLP's stem, three convolutions, two of stride 2: `[B, in_chans, H, W] -> [B, dim, H/4, W/4]`."""
     layers: list[tuple[str, nn.Module]] = []
     sizes = ((in_chans, dim // 2, 3, 2), (dim // 2, dim, 3, 2), (dim, dim, 1, 1))
@@ -67,7 +70,7 @@ def conv_stem(in_chans: int, dim: int, activation: str, **new: Any) -> nn.Sequen
         layers += [(f"conv{i}", conv), (f"norm{i}", nn.BatchNorm2d(width_out, eps=EPS, **new))]
         if i < len(sizes):
             layers.append((f"act{i}", make_activation(activation)))
-    return nn.Sequential(OrderedDict(layers))
+    return FoldingSequential(OrderedDict(layers))
 
 
 def patch_stem(in_chans: int, dim: int, patch: int, **new: Any) -> nn.Sequential:
@@ -108,9 +111,9 @@ class Block(nn.Module):
         super().__init__()
         hidden = int(dim * ratio)
         self.norm = nn.LayerNorm(dim, eps=EPS, **new)
-        self.fc1 = nn.Linear(dim, hidden, **new)
+        self.fc1 = Linear(dim, hidden, **new)
         self.gate = PosSGU(hidden, **gate, **new)
-        self.fc2 = nn.Linear(hidden // 2, dim, **new)
+        self.fc2 = Linear(hidden // 2, dim, **new)
         self.drop = nn.Dropout(drop)
         self.drop_path = DropPath(drop_path)
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import copy
 import io
 import math
+import os
 import pickle
 import re
-import tempfile
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +21,7 @@ from posmlp_kernels import PosSGU, gqpe_table, mixing_matrix, pos_gate
 from posmlp_kernels.encodings import gqpe_isotropic_table
 from posmlp_kernels.layers import ENCODINGS
 
+ROOT = Path(__file__).resolve().parents[2]
 STATE = {
     "gqpe": {"center": (2, 2), "factor": (2, 2, 2), "bias": (12,)},
     "gqpe_isotropic": {"center": (2, 2), "scale": (2,), "bias": (12,)},
@@ -203,22 +207,21 @@ def test_training_lowers_the_loss(backend, encoding):
 
 
 @over_backends(without=["cuda", "triton"])
-def test_distributed_data_parallel(backend):
-    """One process: DDP's hooks fire for every parameter, and the gradients are the plain layer's."""
-    plain, x = perturbed(make("lrpe_m", norm=True, backend=backend)), torch.randn(2, 5, 7, 16)
-    wrapped_layer = copy.deepcopy(plain)
-    with tempfile.NamedTemporaryFile() as store:
-        torch.distributed.init_process_group("gloo", init_method=f"file://{store.name}", rank=0, world_size=1)
-        try:
-            wrapped = torch.nn.parallel.DistributedDataParallel(wrapped_layer)
-            for _ in range(2):  # the second step finds hooks that the first left unfired
-                wrapped_layer.zero_grad()
-                wrapped(x).square().sum().backward()
-        finally:
-            torch.distributed.destroy_process_group()
-    plain(x).square().sum().backward()
-    for (name, a), b in zip(plain.named_parameters(), wrapped_layer.parameters(), strict=True):
-        assert torch.equal(a.grad, b.grad), name
+def test_distributed_data_parallel(backend, tmp_path):
+    """Two processes with half of a batch each: hooks fire for every parameter, and gradients are averaged."""
+    command = [sys.executable, str(Path(__file__).with_name("ddp_gradients.py")), backend]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    ranks = [
+        subprocess.Popen([*command, str(rank), str(tmp_path / "store")], env=environment, **pipes)
+        for rank in range(2)
+    ]
+    try:
+        outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(outputs)
 
 
 def test_layer_in_a_gated_mlp():

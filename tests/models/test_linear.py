@@ -1,0 +1,170 @@
+"""The blocks' linear layer: `nn.Linear`'s numbers by oneDNN, and `F.linear` wherever that must be."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from posmlp import create_model
+from posmlp import linear as module
+from posmlp.linear import Linear
+from posmlp_kernels.testing import assert_no_worse
+
+SHAPES = [  # of x, and the output's width
+    ((2, 7, 5, 24), 96),
+    ((2, 7, 5, 96), 24),
+    ((1, 1), 1),
+    ((24,), 5),
+    ((37, 17), 3),
+    ((3, 300, 65), 129),
+]
+needs_onednn = pytest.mark.skipif(not module._PAYS, reason="here the linear layer is F.linear throughout")
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """A list that grows with every product by oneDNN."""
+    calls, product = [], module._product
+    monkeypatch.setattr(module, "_product", lambda *operands: calls.append(1) or product(*operands))
+    return calls
+
+
+def values(layer, x, call=None):
+    """The output and all gradients."""
+    x = x.detach().requires_grad_()
+    y = layer(x) if call is None else call(x, layer.weight, layer.bias)
+    dy = torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view_as(y)
+    parameters = dict(layer.named_parameters())
+    gradients = torch.autograd.grad(y, [x, *parameters.values()], dy)
+    return dict(zip(["y", "x", *parameters], [y.detach(), *gradients], strict=True))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("shape", "width"), SHAPES)
+def test_no_worse_than_f_linear(shape, width, bias):
+    torch.manual_seed(0)
+    layer, x = Linear(shape[-1], width, bias=bias), torch.randn(shape)
+    truth = values(copy.deepcopy(layer).double(), x.double(), F.linear)
+    assert_no_worse(values(layer, x), values(layer, x, F.linear), truth)
+    with torch.inference_mode():
+        assert_no_worse(layer(x), F.linear(x, layer.weight, layer.bias), truth["y"])
+
+
+def test_strides_do_not_matter():
+    torch.manual_seed(0)
+    layer = Linear(12, 20)
+    layer.weight = nn.Parameter(layer.weight.detach().T.contiguous().T)
+    for x in (torch.randn(12, 7).T, torch.randn(4, 6, 24)[:, ::2, :12], torch.randn(1, 12).expand(5, 12)):
+        truth = values(copy.deepcopy(layer).double(), x.double(), F.linear)
+        assert_no_worse(values(layer, x), values(layer, x, F.linear), truth)
+
+
+def test_gradients_of_gradients():
+    torch.manual_seed(0)
+    layer, x = Linear(6, 9), torch.randn(4, 6, requires_grad=True)
+    found = []
+    for call in (F.linear, lambda x, *_: layer(x)):
+        y = call(x, layer.weight, layer.bias).tanh()
+        first = torch.autograd.grad(y.sum(), [x, layer.weight, layer.bias], create_graph=True)
+        penalty = sum(g.square().sum() for g in first)
+        found.append(torch.autograd.grad(penalty, [x, layer.weight, layer.bias]))
+    for plain, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, plain)
+
+
+@needs_onednn
+@pytest.mark.parametrize("frozen", ["x", "weight", "bias"])
+def test_computes_no_gradient_that_nobody_wants(frozen, products):
+    layer, x = Linear(5, 7), torch.randn(3, 5, requires_grad=True)
+    leaves = {"x": x, "weight": layer.weight, "bias": layer.bias}
+    leaves.pop(frozen).requires_grad_(False)
+    layer(x).sum().backward()
+    assert all(leaf.grad is not None for leaf in leaves.values())
+    assert len(products) == (3 if frozen == "bias" else 2)
+
+
+@needs_onednn
+def test_the_model_multiplies_by_onednn(products):
+    model, x = create_model("posmlp_nano", depths=1), torch.randn(2, 3, 32, 32)
+    model(x).sum().backward()
+    assert len(products) == 3 * 2 * 2
+    with torch.inference_mode():
+        model(x)
+    assert len(products) == 4 * 2 * 2
+
+
+def in_autocast(layer, x):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return layer(x)
+
+
+def without_onednn(layer, x):
+    with torch.backends.mkldnn.flags(enabled=False):
+        return layer(x)
+
+
+def counted(layer, x):
+    with FlopCounterMode(display=False) as counter:
+        y = layer(x)
+    assert counter.get_total_flops() == 2 * x.numel() * layer.out_features
+    return y
+
+
+def with_tangent(layer, x):
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        y, tangent = torch.autograd.forward_ad.unpack_dual(layer(dual))
+        torch.testing.assert_close(tangent, layer.weight.sum(1).expand_as(y))
+        return y
+
+
+ELSEWHERE = {
+    "float64": lambda layer, x: copy.deepcopy(layer).double()(x.double()).float(),
+    "bfloat16": lambda layer, x: copy.deepcopy(layer).bfloat16()(x.bfloat16()),
+    "autocast": in_autocast,
+    "oneDNN switched off": without_onednn,
+    "flop counter": counted,
+    "forward-mode gradients": with_tangent,
+    "vmap": lambda layer, x: torch.vmap(layer)(x),
+    "jit.trace": lambda layer, x: torch.jit.trace(layer, x, check_trace=False)(x),
+    "torch.compile": lambda layer, x: torch.compile(layer, backend="eager", fullgraph=True)(x),
+    "torch.export": lambda layer, x: torch.export.export(layer, (x,)).module()(x),
+}
+
+
+@pytest.mark.parametrize("where", ELSEWHERE)
+def test_f_linear_where_it_must_be(where, products):
+    torch._dynamo.reset()
+    layer, x = Linear(8, 6), torch.randn(4, 8)
+    y = ELSEWHERE[where](layer, x)
+    assert not products
+    torch.testing.assert_close(
+        y.float(),
+        F.linear(x, layer.weight, layer.bias),
+        **({} if y.dtype == x.dtype else {"atol": 2e-2, "rtol": 2e-2}),
+    )
+
+
+def test_empty_and_mismatched_input():
+    layer = Linear(8, 6)
+    y = layer(torch.randn(0, 8, requires_grad=True))
+    assert y.shape == (0, 6)
+    y.sum().backward()
+    assert not layer.weight.grad.any()
+    with pytest.raises(RuntimeError, match="shapes"):
+        layer(torch.randn(3, 7))
+
+
+def test_same_input_same_bits():
+    torch.manual_seed(0)
+    layer, x = Linear(96, 384), torch.randn(2, 14, 14, 96)
+    first, second = values(layer, x), values(layer, x)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_it_is_a_linear_layer_to_others():
+    layer = Linear(4, 3)
+    assert isinstance(layer, nn.Linear) and list(layer.state_dict()) == ["weight", "bias"]
