@@ -5,6 +5,8 @@
 
 #include "cpu_includes.h"
 
+#define POSMLP_F16C  // conversions of float16
+
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else

@@ -1,19 +1,20 @@
-// Chunks of columns: where they lie in the maps, and the way in and out.
+// Panels of columns: where they lie in the maps, and the way in and out, a few tokens at a time.
 // No include guard: every instruction set compiles this text anew, inside its own namespace and target options.
 
-constexpr int64_t kChunk = 96;  // columns; a multiple of every tile width, and of 12, 24, 32 and 48 channels
-constexpr int64_t kAhead = 24;  // tokens: rows this short and far apart are asked for in advance
+template <class A>
+constexpr int64_t kPanelOf = kTileVectors * VectorOf<A>::kLanes;  // columns of a panel, the width of a register tile
 
-// Part of a chunk that lies in one window: `count` channels from `channel` of the group on.
+// Part of a panel that lies in one window: `count` channels from `channel` of the group on.
 struct Piece {
   int64_t column, channel, count;
   int64_t x, dz, z, dx;  // addresses of the window's first token
   int64_t token;         // its number in [B * map], for the norm
 };
+using Pieces = std::vector<Piece>;
 
 // A window class with the addresses of its tokens, relative to the first one, in each map.
 struct Window {
-  const WindowClass& cls;
+  WindowClass cls;
   int64_t tokens;
   std::vector<int64_t> index, x, dz, z, dx, token;
 
@@ -23,39 +24,87 @@ struct Window {
         token(c.token_offsets(token_view)) {}
 };
 
-// The chunk `to` [tokens, kChunk] from a map; columns beyond the pieces become zeros.
-template <class U, class A>
-void gather(const std::vector<Piece>& pieces, const U* from, int64_t Piece::*origin,
-            const std::vector<int64_t>& offsets, int64_t columns, A* to) {
-  const int64_t *offset = offsets.data(), tokens = int64_t(offsets.size());
-  for (const Piece& piece : pieces) {
-    const U* first = from + piece.*origin + piece.channel;
-    const int64_t column = piece.column, count = piece.count;
-    for (int64_t k = 0; k < tokens; ++k) {
-      const U* ahead = first + offset[std::min(k + kAhead, tokens - 1)];
-      __builtin_prefetch(ahead);
-      __builtin_prefetch(ahead + count - 1);
-      load_row(first + offset[k], to + k * kChunk + column, count);
+// One map as the pieces of a panel see it: `data` at the group's first channel, the origin of each piece, and the
+// offsets of the tokens.
+template <class U>
+struct Map {
+  U* data;
+  int64_t Piece::*origin;
+  const std::vector<int64_t>& offset;
+
+  U* at(const Piece& piece, int64_t token) const {
+    return data + piece.*origin + piece.channel + offset[token];
+  }
+};
+
+// Rows that will be wanted soon. Rows as short and as far apart as these no hardware prefetcher foresees, and a core has
+// too few buffers to ask for a panel at once: the products ask for one cache line in each of their steps.
+class Wanted {
+ public:
+  template <class U>
+  void add(const Map<U>& map, const Pieces& pieces, int64_t first, int64_t last) {
+    if (first >= last) return;
+    for (const Piece& piece : pieces) {
+      const char* row = reinterpret_cast<const char*>(map.at(piece, first));
+      const char* end = row + piece.count * int64_t(sizeof(U));
+      for (const char* line = row - size_t(row) % kLine; line < end; line += kLine)
+        lines_.push_back({line, &map.offset[first], last - first, int64_t(sizeof(U))});
     }
   }
-  const int64_t used = pieces.back().column + pieces.back().count;
-  if (used < columns)
-    for (int64_t k = 0; k < tokens; ++k) std::fill(to + k * kChunk + used, to + k * kChunk + columns, A(0));
-}
-
-// The chunk `from` [tokens, kChunk] into a map.
-template <class U, class A>
-void scatter(const std::vector<Piece>& pieces, const A* from, U* to, int64_t Piece::*origin,
-             const std::vector<int64_t>& offsets) {
-  const int64_t *offset = offsets.data(), tokens = int64_t(offsets.size());
-  for (const Piece& piece : pieces) {
-    U* first = to + piece.*origin + piece.channel;
-    const int64_t column = piece.column, count = piece.count;
-    for (int64_t k = 0; k < tokens; ++k) {
-      U* ahead = first + offset[std::min(k + kAhead, tokens - 1)];
-      __builtin_prefetch(ahead, 1);
-      __builtin_prefetch(ahead + count - 1, 1);
-      store_row(from + k * kChunk + column, first + offset[k], count);
+  // Asks for a line; false if there is none left.
+  __attribute__((always_inline)) bool ask() {
+    if (at_ == lines_.size()) return false;
+    const Line& line = lines_[at_];
+    __builtin_prefetch(line.first + (line.offset[token_] - line.offset[0]) * line.size);
+    if (++token_ == line.tokens) {
+      token_ = 0;
+      ++at_;
     }
+    return true;
+  }
+  void ask_for_the_rest() {
+    while (ask()) {
+    }
+    lines_.clear();
+    at_ = 0;
+  }
+
+ private:
+  static constexpr size_t kLine = 64;
+  struct Line {  // of the row of each of some tokens
+    const char* first;
+    const int64_t* offset;
+    int64_t tokens, size;
+  };
+  std::vector<Line> lines_;
+  size_t at_ = 0;
+  int64_t token_ = 0;
+};
+
+// to[k - first, :] for the tokens first <= k < last; columns beyond the pieces are left alone.
+template <class U, class A>
+__attribute__((noinline)) void load_rows(const Map<const U>& map, const Pieces& pieces, int64_t first, int64_t last, A* to) {
+  const int64_t* offset = &map.offset[first];
+  for (const Piece& piece : pieces) {
+    const U* rows = map.data + piece.*map.origin + piece.channel;
+    const auto source = [=](int64_t k) { return rows + offset[k]; };
+    const auto target = [=, column = piece.column](int64_t k) { return to + k * kPanelOf<A> + column; };
+    if constexpr (std::is_same_v<U, A>)
+      copy_rows<A>(last - first, piece.count, source, target);
+    else
+      for (int64_t k = 0; k < last - first; ++k) load_row(source(k), target(k), piece.count);
+  }
+}
+template <class U, class A>
+__attribute__((noinline)) void store_rows(const A* from, const Map<U>& map, const Pieces& pieces, int64_t first, int64_t last) {
+  const int64_t* offset = &map.offset[first];
+  for (const Piece& piece : pieces) {
+    U* rows = map.data + piece.*map.origin + piece.channel;
+    const auto source = [=, column = piece.column](int64_t k) { return from + k * kPanelOf<A> + column; };
+    const auto target = [=](int64_t k) { return rows + offset[k]; };
+    if constexpr (std::is_same_v<U, A>)
+      copy_rows<A>(last - first, piece.count, source, target);
+    else
+      for (int64_t k = 0; k < last - first; ++k) store_row(source(k), target(k), piece.count);
   }
 }

@@ -3,43 +3,54 @@
 // Equation, per window and group: Z = (P X1 + b) * X2 with P from the relative table. Backward recomputes Y = P X1 and,
 // with dU = dZ * X2: dX2 = dZ * (Y + b), dX1 = P^T dU, dP = dU X1^T, db = rows of dU summed.
 //
-// Tiling: the columns of a group are the long axis (window, channel of the group), cut into chunks of kChunk. A unit is
-// a group and a share of its chunks. It builds P once per window class and streams chunks past it: gather the chunk's
-// tokens by address (activation and norm on the way), multiply, gate, scatter. Nothing of the size of x is ever stored.
-// P is N x N (196^2 floats: 154 KB), a chunk N x 96 (75 KB): both stay in the second-level cache.
-// Flops: 2 N C a token forward, 6 N C backward. Bytes: 3 C and 5 C elements a token.
+// Tiling: the columns of a group are the long axis (window, channel of the group), cut into panels as wide as a register
+// tile. A unit is a group and a share of its columns. It packs P once per window class and streams panels past it. A
+// panel of X1 is gathered by address (activation and norm on the way) and stays in the first-level cache; then, tile of
+// rows by tile of rows, the product is made, and bias, X2 and the way out are applied to the tile while it is at hand.
+// X2, dZ, Z and dX are touched nowhere else, a tile ahead of their use they are asked for, and nothing of the size of x
+// is ever stored. P is N x N (196^2 floats: 154 KB) and stays in the second-level cache.
+// Flops: 2 N C a token forward, 8 N C forward and backward, less what P leaves out. Bytes: 3 C and 5 C elements a token.
 // No include guard: every instruction set compiles this text anew, inside its own namespace and target options.
 
 // A thread's buffers, kept from call to call so that no pages are faulted in again.
 template <class A>
-class Scratch {
- public:
-  Scratch() : storage_(thread_storage()), used_(0) {}
-  ~Scratch() {
-    if (storage_.size() * sizeof(A) > kKeptBytes) std::vector<A>().swap(storage_);
+struct Workspace {
+  std::vector<A> storage;
+  MixingBuffers<A> mixing;
+  Packed<A> rows, columns;
+
+  static Workspace& of_thread() {
+    static thread_local Workspace workspace;
+    return workspace;
   }
+  void release_if_large() {
+    constexpr size_t kKeptBytes = size_t(64) << 20;
+    const size_t numbers = storage.size() + mixing.dense.size() + rows.weights.size() + columns.weights.size();
+    if (numbers * sizeof(A) > kKeptBytes) *this = Workspace();
+  }
+};
+
+// Buffers out of one vector, aligned to cache lines.
+template <class A>
+class Allotment {
+ public:
   // Sizes are known before anything is handed out, so that no buffer moves.
-  void reserve(int64_t count, int64_t buffers) {
+  Allotment(std::vector<A>& storage, int64_t count, int64_t buffers) {
     const size_t wanted = size_t(count + buffers * kAlign);
-    if (storage_.size() < wanted) storage_.resize(wanted);
+    if (storage.size() < wanted) storage.resize(wanted);
+    free_ = storage.data();
   }
   A* take(int64_t count) {
-    const size_t address = size_t(storage_.data() + used_);
-    used_ += ((64 - address % 64) % 64) / sizeof(A);
-    A* buffer = storage_.data() + used_;
-    used_ += count;
+    free_ += (64 - size_t(free_) % 64) % 64 / sizeof(A);
+    A* buffer = free_;
+    std::fill(buffer, buffer + count, A(0));
+    free_ += count;
     return buffer;
   }
 
  private:
   static constexpr int64_t kAlign = 64 / sizeof(A);
-  static constexpr size_t kKeptBytes = size_t(64) << 20;
-  static std::vector<A>& thread_storage() {
-    static thread_local std::vector<A> storage;
-    return storage;
-  }
-  std::vector<A>& storage_;
-  int64_t used_;
+  A* free_;
 };
 
 template <class T>
@@ -47,113 +58,177 @@ class Gate {
  public:
   using A = typename AccumulationOf<T>::type;
   static constexpr int kLanes = VectorOf<A>::kLanes;
+  static constexpr int64_t kPanel = kPanelOf<A>, kTile = kTileRows * kPanel;
+  static constexpr int64_t kPanels = std::max<int64_t>(1, 48 / kPanel);  // that dP takes at once
 
   explicit Gate(const Call& call)
       : call_(call), shape_(call.shape), depth_(shape_.group_channels()), z_view_(shape_.contiguous(shape_.channels)),
         dx_view_(shape_.contiguous(2 * shape_.channels)), token_view_(shape_.contiguous(1)),
-        classes_(window_classes(shape_)), builder_(call) {}
+        workspace_(Workspace<A>::of_thread()), mixing_(call, workspace_.mixing) {
+    for (const auto& cls : window_classes(shape_)) {
+      windows_.emplace_back(call_, cls, shape_.contiguous(shape_.channels), shape_.contiguous(2 * shape_.channels), shape_.contiguous(1));
+      most_tokens_ = std::max(most_tokens_, cls.tokens());
+    }
+    ld_ = round_up(round_up(most_tokens_, kTileRows), kLanes);
+  }
+  ~Gate() { workspace_.release_if_large(); }
 
   void forward(int64_t first_unit, int64_t last_unit) {
-    allocate(false, 3);
-    A *x1 = take_chunk(), *x2 = take_chunk(), *y = take_chunk();
+    Allotment<A> allot(workspace_.storage, ld_ * kPanel + 3 * kTile, 4);
+    A *x1 = allot.take(ld_ * kPanel), *x2 = allot.take(kTile);
+    take_outbox(allot);
     for (int64_t unit = first_unit; unit < last_unit; ++unit)
-      for_each_chunk(unit, [&](const Window& window, int64_t columns) {
-        load_x(window, 0, columns, x1, nullptr);
-        load_x(window, shape_.channels, columns, x2, nullptr);
-        if (call_.norm_weight) normalise(window, x1);
-        multiply<A, Layout::rows>(p_, ld_, x1, kChunk, y, kChunk, padded_rows(window), columns, window.tokens);
-        add_bias(window, columns, y);
-        scale(window.tokens * kChunk, y, x2);
-        scatter(pieces_, y, static_cast<T*>(call_.z) + first_channel(), &Piece::z, window.z);
-      }, [](const Window&) {});
+      for_each_class(unit, [&](const Window& window, int64_t first, int64_t last) {
+        mixing_.pack_rows(workspace_.rows);
+        const auto x2_map = x_map(window, shape_.channels);
+        const Map<T> z_map{static_cast<T*>(call_.z) + first_channel(), &Piece::z, window.z};
+        for_each_panel(window, first, last, [&](int64_t, int64_t columns) {
+          if (columns < kPanel) clear({{x1, ld_ * kPanel}, {x2, kTile}});
+          load_x1(window, x1, nullptr);
+          multiply_panel(
+              window, workspace_.rows, x1, columns, z_map,
+              [&](int64_t from, int64_t to, int64_t next) {
+                load_rows(x2_map, pieces_, from, to, x2);
+                wanted_.add(x2_map, pieces_, to, next);
+                wanted_.add(x_map(window, 0), next_pieces_, from, to);
+              },
+              [&](int64_t from, int64_t to, A* y) {
+                activate<A>(call_.activation, x2, nullptr, (to - from) * kPanel);
+                gate(window, from, to, x2, y);
+              });
+        });
+      });
   }
 
   void backward(int64_t first_unit, int64_t last_unit) {
-    const bool mixing = call_.dtable_parts || call_.dmatrix_parts;
-    T* dx = static_cast<T*>(call_.dx);
-    allocate(mixing, 8);
-    A *x1 = take_chunk(), *x2 = take_chunk(), *slope1 = take_chunk(), *slope2 = take_chunk();
-    A *du = take_chunk(), *y = take_chunk(), *dx1 = take_chunk();
-    A* x1_columns = mixing ? scratch_.take(kChunk * ld_) : nullptr;  // X1 with tokens side by side
+    const bool mixing = call_.dtable_parts || call_.dmatrix_parts, active = call_.activation != Activation::none;
+    const int64_t panel = ld_ * kPanel, matrix = mixing ? ld_ * ld_ : 0;
+    Allotment<A> allot(workspace_.storage, (2 + 2 * kPanels) * panel + 5 * kTile + matrix + ld_ * kLanes, 11);
+    A *x1 = allot.take(panel), *slope1 = allot.take(panel), *du = allot.take(kPanels * panel);
+    A* x1_columns = allot.take(kPanels * panel);  // X1 with tokens side by side
+    A *x2 = allot.take(kTile), *slope2 = allot.take(kTile), *dz = allot.take(kTile), *dp = allot.take(matrix);
+    take_outbox(allot);
+    bias_sums_ = allot.take(ld_ * kLanes);
     for (int64_t unit = first_unit; unit < last_unit; ++unit) {
       clear_parts(unit);
-      for_each_chunk(unit, [&](const Window& window, int64_t columns) {
-        load_x(window, 0, columns, x1, slope1);
-        load_x(window, shape_.channels, columns, x2, slope2);
-        if (call_.norm_weight) normalise(window, x1);
-        gather(pieces_, static_cast<const T*>(call_.dz) + first_channel(), &Piece::dz, window.dz, columns, du);
-        const int64_t rows = padded_rows(window), count = window.tokens * kChunk;
-        multiply<A, Layout::rows>(p_, ld_, x1, kChunk, y, kChunk, rows, columns, window.tokens);
-        add_bias(window, columns, y);
-        scale(count, y, du);
-        if (call_.activation != Activation::none) scale(count, y, slope2);
-        scatter(pieces_, y, dx + first_channel() + shape_.channels, &Piece::dx, window.dx);
-        scale(count, du, x2);
-        add_bias_gradient(window, columns, du);
-        multiply<A, Layout::columns>(p_, ld_, du, kChunk, dx1, kChunk, rows, columns, window.tokens);
-        if (call_.norm_weight) {
-          scatter(pieces_, dx1, static_cast<A*>(call_.dx_normed) + first_channel(), &Piece::z, window.z);
-        } else {
-          if (call_.activation != Activation::none) scale(count, dx1, slope1);
-          scatter(pieces_, dx1, dx + first_channel(), &Piece::dx, window.dx);
-        }
-        if (mixing) {
-          transpose(x1, kChunk, x1_columns, ld_, round_up(window.tokens, kLanes), columns);
-          multiply<A, Layout::rows, true>(du, kChunk, x1_columns, ld_, dp_, ld_, rows,
-                                          round_up(window.tokens, kLanes), columns);
-        }
-      }, [&](const Window& window) {
-        if (mixing) builder_.add_gradient(window, unit, p_, dp_, ld_);
+      for_each_class(unit, [&](const Window& window, int64_t first, int64_t last) {
+        mixing_.pack_rows(workspace_.rows);
+        mixing_.pack_columns(workspace_.columns);
+        if (mixing) find_active(window);
+        clear({{dp, matrix}, {bias_sums_, ld_ * kLanes}});
+        const auto x2_map = x_map(window, shape_.channels);
+        const Map<const T> dz_map{static_cast<const T*>(call_.dz) + first_channel(), &Piece::dz, window.dz};
+        T* dx = static_cast<T*>(call_.dx) + first_channel();
+        const Map<T> dx1_map{dx, &Piece::dx, window.dx}, dx2_map{dx + shape_.channels, &Piece::dx, window.dx};
+        const Map<A> normed_map{static_cast<A*>(call_.dx_normed) + first_channel(), &Piece::z, window.z};
+        for_each_panel(window, first, last, [&](int64_t index, int64_t columns) {
+          const int64_t slot = index % kPanels;
+          A* du_panel = du + slot * panel;
+          if (columns < kPanel) clear({{x1, panel}, {du_panel, panel}, {x2, kTile}, {dz, kTile}});
+          load_x1(window, x1, slope1);
+          multiply_panel(
+              window, workspace_.rows, x1, columns, dx2_map,
+              [&](int64_t from, int64_t to, int64_t next) {
+                load_rows(x2_map, pieces_, from, to, x2);
+                load_rows(dz_map, pieces_, from, to, dz);
+                wanted_.add(x2_map, pieces_, to, next);
+                wanted_.add(dz_map, pieces_, to, next);
+              },
+              [&](int64_t from, int64_t to, A* y) {
+                const int64_t count = (to - from) * kPanel;
+                activate(call_.activation, x2, slope2, count);
+                gate(window, from, to, dz, y);
+                if (active) product(count, y, slope2, y);
+                product(count, dz, x2, du_panel + from * kPanel);
+                if (call_.dbias_parts) add_bias_gradient(from, to, du_panel);
+              });
+          const auto before = [&](int64_t from, int64_t to, int64_t) {
+            wanted_.add(x_map(window, 0), next_pieces_, from, to);
+          };
+          const auto after = [&](int64_t from, int64_t to, A* y) {
+            if (active && !call_.norm_weight) product((to - from) * kPanel, y, slope1 + from * kPanel, y);
+          };
+          if (call_.norm_weight)
+            multiply_panel(window, workspace_.columns, du_panel, columns, normed_map, before, after);
+          else
+            multiply_panel(window, workspace_.columns, du_panel, columns, dx1_map, before, after);
+          if (!mixing) return;
+          transpose(x1, kPanel, x1_columns + slot * kPanel * ld_, ld_, round_up(window.tokens, kLanes), kPanel);
+          if (slot + 1 == kPanels || next_pieces_.empty())
+            for_each_tile(window, [&](int64_t tile, int64_t from, int64_t) {
+              add_outer(du + from * kPanel, panel, slot + 1, x1_columns, active_[tile], dp + from * ld_, ld_);
+            });
+        });
+        if (mixing) mixing_.add_gradient(unit, dp, ld_);
+        if (call_.dbias_parts) store_bias_gradient(window, unit);
       });
-      store_bias_gradient(unit);
     }
   }
 
  private:
-  // ---- units, chunks and buffers ----
+  // ---- units, classes, panels, tiles ----
 
-  // Room for P, for dP if it is wanted, and for `chunks` chunks, with the padding that tiles and vectors read.
-  void allocate(bool mixing_gradient, int64_t chunks) {
-    int64_t tokens = 0;
-    for (const auto& cls : classes_) tokens = std::max(tokens, cls.tokens());
-    ld_ = round_up(round_up(tokens, kTileRows), kLanes);
-    const int64_t matrices = mixing_gradient ? 2 : 1;
-    scratch_.reserve(matrices * ld_ * ld_ + chunks * ld_ * kChunk, matrices + chunks);
-    p_ = scratch_.take(ld_ * ld_);
-    if (mixing_gradient) dp_ = scratch_.take(ld_ * ld_);
-  }
-  A* take_chunk() {
-    A* buffer = scratch_.take(ld_ * kChunk);
-    std::fill(buffer, buffer + ld_ * kChunk, A(0));
-    return buffer;
-  }
-  int64_t padded_rows(const Window& window) const { return round_up(window.tokens, kTileRows); }
-
-  // Calls `chunk(window, columns)` for each chunk of a unit, with P and the chunk's pieces in place, and `end(window)`
-  // after the last chunk of each window class.
-  template <class Chunk, class End>
-  void for_each_chunk(int64_t unit, Chunk&& chunk, End&& end) {
+  // Calls `work(window, first, last)` with a unit's columns of each window class, and the mixing matrix prepared.
+  template <class Work>
+  void for_each_class(int64_t unit, Work&& work) {
     group_ = unit / call_.splits;
     const int64_t split = unit % call_.splits;
-    for (const auto& cls : classes_) {
-      const int64_t columns = cls.windows(shape_.batch) * depth_;
-      const int64_t chunks = divide_up(columns, kChunk);
-      const int64_t first = chunks * split / call_.splits, last = chunks * (split + 1) / call_.splits;
-      if (first == last) continue;
-      const Window window(call_, cls, z_view_, dx_view_, token_view_);
-      builder_.build(window, group_, p_, ld_);
-      if (dp_) std::fill(dp_, dp_ + ld_ * ld_, A(0));
-      for (int64_t i = first; i < last; ++i) {
-        const int64_t from = i * kChunk, to = std::min(columns, from + kChunk);
-        find_pieces(window, from, to);
-        chunk(window, round_up(to - from, kLanes));
-      }
-      end(window);
+    for (const Window& window : windows_) {
+      const int64_t columns = window.cls.windows(shape_.batch) * depth_;
+      const int64_t panels = divide_up(columns, kPanel);
+      const int64_t first = panels * split / call_.splits * kPanel;
+      const int64_t last = std::min(columns, panels * (split + 1) / call_.splits * kPanel);
+      if (first >= last) continue;
+      mixing_.prepare(window, group_);
+      work(window, first, last);
     }
   }
 
-  void find_pieces(const Window& window, int64_t from, int64_t to) {
-    pieces_.clear();
+  // Calls `work(index, columns)` for each panel of the columns first <= q < last, with the places of its pieces and of
+  // the next panel's at hand.
+  template <class Work>
+  void for_each_panel(const Window& window, int64_t first, int64_t last, Work&& work) {
+    find_pieces(window, first, std::min(last, first + kPanel), next_pieces_);
+    for (int64_t from = first, index = 0; from < last; from += kPanel, ++index) {
+      std::swap(pieces_, next_pieces_);
+      find_pieces(window, from + kPanel, std::min(last, from + 2 * kPanel), next_pieces_);
+      work(index, std::min(kPanel, last - from));
+    }
+  }
+
+  // Calls `work(tile, first, last)` for each tile of the window's tokens.
+  template <class Work>
+  void for_each_tile(const Window& window, Work&& work) const {
+    for (int64_t tile = 0, first = 0; first < window.tokens; ++tile, first += kTileRows)
+      work(tile, first, std::min(window.tokens, first + kTileRows));
+  }
+
+  // The product of packed weights and a panel, tile by tile, into a map. `before(from, to, next)` brings in what
+  // `after(from, to, y)` needs to finish the tile, and names what will be wanted for the tokens up to `next`. What comes
+  // in waits for the product, and what goes out for the next one: vectors that straddle pieces are then read long after
+  // the pieces have been written, and need not be pieced together out of the store buffer.
+  template <class U, class Before, class After>
+  void multiply_panel(const Window& window, const Packed<A>& weights, const A* panel, int64_t columns, const Map<U>& out,
+                      Before&& before, After&& after) {
+    for_each_tile(window, [&](int64_t tile, int64_t from, int64_t to) {
+      const int64_t next = std::min(window.tokens, to + kTileRows);
+      before(from, to, next);
+      wanted_.add(out, pieces_, from, to);
+      multiply(weights, tile, panel, divide_up(columns, kLanes), y_, wanted_);
+      if (tile > 0) store_rows(done_, out, pieces_, from - kTileRows, from);
+      after(from, to, y_);
+      std::swap(y_, done_);
+      if (to == window.tokens) store_rows(done_, out, pieces_, from, to);
+    });
+  }
+  void take_outbox(Allotment<A>& allot) {
+    y_ = allot.take(kTile);
+    done_ = allot.take(kTile);
+  }
+
+  // Where the columns from <= q < to lie.
+  void find_pieces(const Window& window, int64_t from, int64_t to, Pieces& pieces) const {
+    pieces.clear();
     for (int64_t q = from; q < to;) {
       Piece piece;
       int64_t position[kRank];
@@ -166,58 +241,87 @@ class Gate {
       piece.z = z_view_.offset(batch, position);
       piece.dx = dx_view_.offset(batch, position);
       piece.token = token_view_.offset(batch, position);
-      pieces_.push_back(piece);
+      pieces.push_back(piece);
       q += piece.count;
     }
   }
 
-  // ---- chunks: gather, norm, gate, scatter ----
+  int64_t first_channel() const { return group_ * depth_; }
 
-  void load_x(const Window& window, int64_t channel, int64_t columns, A* values, A* slopes) const {
-    gather(pieces_, static_cast<const T*>(call_.x) + first_channel() + channel, &Piece::x, window.x, columns, values);
-    activate(call_.activation, values, slopes, window.tokens * kChunk);
+  Map<const T> x_map(const Window& window, int64_t channel) const {
+    return {static_cast<const T*>(call_.x) + first_channel() + channel, &Piece::x, window.x};
   }
 
-  void normalise(const Window& window, A* values) const {
+  static void clear(std::initializer_list<std::pair<A*, int64_t>> buffers) {
+    for (const auto& [buffer, count] : buffers) std::fill(buffer, buffer + count, A(0));
+  }
+
+  // ---- what happens to a panel and to a tile ----
+
+  void load_x1(const Window& window, A* x1, A* slopes) const {
+    const auto map = x_map(window, 0);
+    for_each_tile(window, [&](int64_t, int64_t from, int64_t to) {
+      A* rows = x1 + from * kPanel;
+      load_rows(map, pieces_, from, to, rows);
+      activate(call_.activation, rows, slopes ? slopes + from * kPanel : nullptr, (to - from) * kPanel);
+      if (call_.norm_weight) normalise(window, from, to, rows);
+    });
+  }
+
+  void normalise(const Window& window, int64_t from, int64_t to, A* values) const {
     const A *mean = static_cast<const A*>(call_.norm_mean), *rstd = static_cast<const A*>(call_.norm_rstd);
-    const A* weight = static_cast<const A*>(call_.norm_weight) + group_ * depth_;
-    const A* bias = static_cast<const A*>(call_.norm_bias) + group_ * depth_;
-    for (int64_t k = 0; k < window.tokens; ++k)
+    const A* weight = static_cast<const A*>(call_.norm_weight) + first_channel();
+    const A* bias = static_cast<const A*>(call_.norm_bias) + first_channel();
+    for (int64_t k = from; k < to; ++k, values += kPanel)
       for (const Piece& piece : pieces_) {
-        A* row = values + k * kChunk + piece.column;
+        A* row = values + piece.column;
         const A m = mean[piece.token + window.token[k]], r = rstd[piece.token + window.token[k]];
         for (int64_t c = 0; c < piece.count; ++c)
           row[c] = (row[c] - m) * r * weight[piece.channel + c] + bias[piece.channel + c];
       }
   }
 
-  void add_bias(const Window& window, int64_t columns, A* y) const {
-    if (!call_.bias) return;
+  // y = (y + bias) * factors
+  void gate(const Window& window, int64_t from, int64_t to, const A* factors, A* y) const {
     const A* bias = static_cast<const A*>(call_.bias);
-    for (int64_t k = 0; k < window.tokens; ++k)
-      for (int64_t c = 0; c < columns; c += kLanes)
-        store<A>(y + k * kChunk + c, load<A>(y + k * kChunk + c) + bias[window.index[k]]);
-  }
-
-  void add_bias_gradient(const Window& window, int64_t columns, const A* du) {
-    if (!call_.dbias_parts) return;
-    for (int64_t k = 0; k < window.tokens; ++k) {
-      Vec<A> sums{};
-      for (int64_t c = 0; c < columns; c += kLanes) sums += load<A>(du + k * kChunk + c);
-      bias_sums_[window.index[k]] += sum_lanes<A>(sums);
+    for (int64_t k = from; k < to; ++k, y += kPanel, factors += kPanel) {
+      const A b = bias ? bias[window.index[k]] : A(0);
+      for (int64_t c = 0; c < kPanel; c += kLanes) store<A>(y + c, (load<A>(y + c) + b) * load<A>(factors + c));
     }
   }
-  void store_bias_gradient(int64_t unit) const {
-    if (!call_.dbias_parts) return;
+  static void product(int64_t count, const A* a, const A* b, A* to) {
+    for (int64_t i = 0; i < count; i += kLanes) store<A>(to + i, load<A>(a + i) * load<A>(b + i));
+  }
+
+  // ---- gradients of the parameters ----
+
+  // The vectors of keys in which a tile of queries has weights: elsewhere the gradient of the logits is as small. Without
+  // a softmax a gradient does not depend on its weight.
+  void find_active(const Window& window) {
+    active_.assign(workspace_.rows.tiles(), {});
+    for (int64_t tile = 0; tile < workspace_.rows.tiles(); ++tile) {
+      auto& vectors = active_[tile];
+      if (!call_.softmax)
+        for (int64_t v = 0; v < window.tokens; v += kLanes) vectors.push_back(int32_t(v));
+      else
+        for (int64_t e = workspace_.rows.begin[tile]; e < workspace_.rows.begin[tile + 1]; ++e) {
+          const int32_t vector = int32_t(workspace_.rows.row[e] / kPanel / kLanes * kLanes);
+          if (vectors.empty() || vectors.back() != vector) vectors.push_back(vector);
+        }
+    }
+  }
+
+  void add_bias_gradient(int64_t from, int64_t to, const A* du) {
+    for (int64_t k = from; k < to; ++k) {
+      Vec<A> sums = load<A>(bias_sums_ + k * kLanes);
+      for (int64_t c = 0; c < kPanel; c += kLanes) sums += load<A>(du + k * kPanel + c);
+      store<A>(bias_sums_ + k * kLanes, sums);
+    }
+  }
+  void store_bias_gradient(const Window& window, int64_t unit) const {
     A* part = static_cast<A*>(call_.dbias_parts) + unit * shape_.window_tokens();
-    for (size_t i = 0; i < bias_sums_.size(); ++i) part[i] = A(bias_sums_[i]);
+    for (int64_t k = 0; k < window.tokens; ++k) part[window.index[k]] += A(sum_lanes<A>(load<A>(bias_sums_ + k * kLanes)));
   }
-
-  static void scale(int64_t count, A* values, const A* factors) {
-    for (int64_t i = 0; i < count; i += kLanes) store<A>(values + i, load<A>(values + i) * load<A>(factors + i));
-  }
-
-  int64_t first_channel() const { return group_ * depth_; }
 
   void clear_parts(int64_t unit) {
     const int64_t n = shape_.window_tokens();
@@ -226,18 +330,20 @@ class Gate {
     };
     clear(call_.dtable_parts, shape_.table_size());
     clear(call_.dmatrix_parts, n * n);
-    bias_sums_.assign(n, 0.);
+    clear(call_.dbias_parts, n);
   }
 
   const Call& call_;
   const Shape& shape_;
   const int64_t depth_;  // D
   const View z_view_, dx_view_, token_view_;
-  const std::vector<WindowClass> classes_;
-  std::vector<Piece> pieces_;
-  std::vector<double> bias_sums_;
-  Mixing<A> builder_;
-  Scratch<A> scratch_;
-  A *p_ = nullptr, *dp_ = nullptr;  // of the group and window class at hand, [ld_, ld_], zeros beyond the tokens
-  int64_t ld_ = 0, group_ = 0;
+  std::vector<Window> windows_;  // one for each class
+  Workspace<A>& workspace_;
+  Mixing<A> mixing_;
+  Pieces pieces_, next_pieces_;  // of the panel at hand and of the one after it
+  Wanted wanted_;
+  std::vector<std::vector<int32_t>> active_;
+  A *y_ = nullptr, *done_ = nullptr;  // the tile at hand, and the one before it
+  A* bias_sums_ = nullptr;  // [tokens, lanes] of the window class at hand
+  int64_t most_tokens_ = 0, ld_ = 0, group_ = 0;
 };

@@ -1,57 +1,95 @@
-// The three matrix products of the gate, as one micro-kernel: c[i, j] (+)= sum_k a(i, k) b[k, j].
+// The three matrix products of the gate, as register tiles.
 //
-// A tile of kTileRows x (kTileVectors vectors) of c stays in registers while k runs: per step it loads kTileVectors
-// vectors of b, broadcasts kTileRows values of a, and issues their product of fused multiply-adds. With AVX-512 that is
-// 7 x 3: 21 accumulators, 10 loads for 21 multiply-adds, and neither windows of 7 and 14 nor groups of 12, 24, 32 or 48
-// channels leave a remainder. Sums run over k in order whatever the tile, so results do not depend on the blocking.
+// A tile of kTileRows x (kTileVectors vectors) of the result stays in registers while the sum runs: per step it loads
+// kTileVectors vectors, broadcasts kTileRows values, and issues their product of fused multiply-adds. With AVX-512 that
+// is 7 x 3: 21 accumulators, 10 loads for 21 multiply-adds, and neither windows of 7 and 14 nor groups of 12, 24, 32 or
+// 48 channels leave a remainder. Sums run in order, so results do not depend on how the work is cut.
 // No include guard: every instruction set compiles this text anew, inside its own namespace and target options.
 
-// How a(i, k) lies in memory: a[i * lda + k], or a[k * lda + i].
-enum class Layout { rows, columns };
+// P or its transpose, cut into tiles of kTileRows rows. Only what matters is there: for each tile the columns k in which
+// any of its rows has a weight worth adding, with the tile's kTileRows weights side by side.
+template <class A>
+struct Packed {
+  std::vector<int64_t> begin;    // [tiles + 1], into `row`
+  std::vector<int32_t> row;      // k * kPanel: where the multiplied panel has row k
+  std::vector<A> weights;        // [entries, kTileRows], and room for a vector to stick out
 
-template <class A, int kVectors, Layout kLayout, bool kAdd>
-inline void tile(const A* a, int64_t lda, const A* b, int64_t ldb, A* c, int64_t ldc, int64_t depth) {
-  constexpr int kLanes = VectorOf<A>::kLanes;
+  int64_t tiles() const { return int64_t(begin.size()) - 1; }
+  void clear(int64_t most_entries) {
+    begin.assign(1, 0);
+    row.resize(most_entries);
+    weights.resize(most_entries * kTileRows + 64);
+  }
+};
+
+// to[r, :] = sum over the tile's entries of weight[r] * from[row, :]; both have rows of kPanel. Meanwhile the wanted cache
+// lines are asked for.
+template <class A, int kVectors>
+__attribute__((noinline)) void multiply_tile(const Packed<A>& packed, int64_t tile, const A* from, A* to, Wanted& wanted) {
+  constexpr int kLanes = VectorOf<A>::kLanes, kPanel = kTileVectors * kLanes;
   Vec<A> sums[kTileRows][kVectors];
   for (int r = 0; r < kTileRows; ++r)
     for (int v = 0; v < kVectors; ++v) sums[r][v] = Vec<A>{};
-  for (int64_t k = 0; k < depth; ++k) {
-    Vec<A> row[kVectors];
-    for (int v = 0; v < kVectors; ++v) row[v] = load<A>(b + k * ldb + v * kLanes);
-    for (int r = 0; r < kTileRows; ++r) {
-      const A value = kLayout == Layout::rows ? a[r * lda + k] : a[k * lda + r];
-      for (int v = 0; v < kVectors; ++v) sums[r][v] += value * row[v];
+  const int64_t entries = packed.begin[tile + 1] - packed.begin[tile];
+  const int32_t* row = packed.row.data() + packed.begin[tile];
+  const A* weights = packed.weights.data() + packed.begin[tile] * kTileRows;
+  int64_t e = 0;
+  do {
+    wanted.ask();
+    const A* values = from + row[e];
+    Vec<A> vectors[kVectors];
+    for (int v = 0; v < kVectors; ++v) vectors[v] = load<A>(values + v * kLanes);
+    for (int r = 0; r < kTileRows; ++r)
+      for (int v = 0; v < kVectors; ++v) sums[r][v] += weights[r] * vectors[v];
+    weights += kTileRows;
+  } while (++e < entries);
+  for (int r = 0; r < kTileRows; ++r)
+    for (int v = 0; v < kVectors; ++v) store<A>(to + r * kPanel + v * kLanes, sums[r][v]);
+  wanted.ask_for_the_rest();
+}
+
+template <class A>
+inline void multiply(const Packed<A>& packed, int64_t tile, const A* from, int64_t vectors, A* to,
+                     Wanted& wanted) {
+  if (vectors == 3) return multiply_tile<A, 3>(packed, tile, from, to, wanted);
+  if (vectors == 2) return multiply_tile<A, 2>(packed, tile, from, to, wanted);
+  return multiply_tile<A, 1>(packed, tile, from, to, wanted);
+}
+static_assert(kTileVectors == 3);
+
+// The outer product that is dP: to[r, at[v] + lane] += sum over columns c of left[r, c] * right[c, at[v] + lane].
+// left has rows of kPanel and `panels` panels `left_step` apart; right has rows of ld; so does to.
+template <class A, int kVectors>
+__attribute__((noinline)) void add_outer_tile(const A* left, int64_t left_step, int64_t panels, const A* right, const int32_t* at, A* to,
+                           int64_t ld) {
+  constexpr int kLanes = VectorOf<A>::kLanes, kPanel = kTileVectors * kLanes;
+  Vec<A> sums[kTileRows][kVectors];
+  for (int r = 0; r < kTileRows; ++r)
+    for (int v = 0; v < kVectors; ++v) sums[r][v] = Vec<A>{};
+  for (int64_t panel = 0; panel < panels; ++panel, left += left_step)
+    for (int64_t c = 0; c < kPanel; ++c, right += ld) {
+      Vec<A> vectors[kVectors];
+      for (int v = 0; v < kVectors; ++v) vectors[v] = load<A>(right + at[v]);
+      for (int r = 0; r < kTileRows; ++r)
+        for (int v = 0; v < kVectors; ++v) sums[r][v] += left[r * kPanel + c] * vectors[v];
     }
-  }
   for (int r = 0; r < kTileRows; ++r)
     for (int v = 0; v < kVectors; ++v) {
-      A* to = c + r * ldc + v * kLanes;
+      A* sum = to + r * ld + at[v];
       // Added last, not first: a sum of short sums rounds less than one long one.
-      store<A>(to, kAdd ? load<A>(to) + sums[r][v] : sums[r][v]);
+      store<A>(sum, load<A>(sum) + sums[r][v]);
     }
 }
 
-// rows is a multiple of kTileRows, columns one of the lanes. A panel of b is used by all rows before the next one.
-template <class A, Layout kLayout, bool kAdd = false>
-void multiply(const A* a, int64_t lda, const A* b, int64_t ldb, A* c, int64_t ldc, int64_t rows, int64_t columns,
-              int64_t depth) {
-  constexpr int kLanes = VectorOf<A>::kLanes;
-  constexpr int64_t kWidth = kTileVectors * kLanes;
-  for (int64_t j = 0; j < columns; j += kWidth) {
-    const int64_t vectors = std::min<int64_t>(kTileVectors, (columns - j) / kLanes);
-    for (int64_t i = 0; i < rows; i += kTileRows) {
-      const A* first = kLayout == Layout::rows ? a + i * lda : a + i;
-      A* to = c + i * ldc + j;
-      if (vectors == 3)
-        tile<A, 3, kLayout, kAdd>(first, lda, b + j, ldb, to, ldc, depth);
-      else if (vectors == 2)
-        tile<A, 2, kLayout, kAdd>(first, lda, b + j, ldb, to, ldc, depth);
-      else
-        tile<A, 1, kLayout, kAdd>(first, lda, b + j, ldb, to, ldc, depth);
-    }
-  }
+template <class A>
+inline void add_outer(const A* left, int64_t left_step, int64_t panels, const A* right, const std::vector<int32_t>& at,
+                      A* to, int64_t ld) {
+  const int64_t count = int64_t(at.size());
+  int64_t v = 0;
+  for (; v + 3 <= count; v += 3) add_outer_tile<A, 3>(left, left_step, panels, right, &at[v], to, ld);
+  if (count - v == 2) add_outer_tile<A, 2>(left, left_step, panels, right, &at[v], to, ld);
+  if (count - v == 1) add_outer_tile<A, 1>(left, left_step, panels, right, &at[v], to, ld);
 }
-static_assert(kTileVectors == 3);
 
 // a[0] b[0] a[1] b[1] ... from the first (kHalf = 0) or the second halves of two vectors.
 template <class A, int kHalf, int... kIndex>

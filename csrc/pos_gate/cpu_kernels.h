@@ -8,9 +8,9 @@ namespace {
 
 #include "cpu_storage.h"
 
-#include "cpu_gemm.h"
-
 #include "cpu_columns.h"
+
+#include "cpu_gemm.h"
 
 #include "cpu_mixing.h"
 

@@ -1,152 +1,309 @@
-// The mixing matrix of one group and window class, and the way back from its gradient to the parameters.
+// The mixing matrix P of one group and window class, packed for the products, and the way back from its gradient.
+//
+// Token i of a window sits at place(i) in the table's strides, so the table entry of query i and key j is
+// centre + place(j) - place(i). Without a free matrix, P(i, j) = weight(entry) * scale(i): weight is the table itself, or
+// e^(R - max R) with scale one over the row's sum under softmax. One exponential per table entry serves all N rows; that
+// few can be had in double, and must: an error in one would be the same in every row, and gradients of the table, which
+// sum over rows, would not average it out. P is never stored then: its tiles are read straight from the table.
+// With a free matrix, or where a row's keys all lie so far from the table's maximum that nothing is left of them, P is
+// `dense`, each row about its own maximum.
+//
+// Under softmax the weights of a row that are packed sum to 1 but for eps / 128 at most: the others cannot show in a
+// rounded result, and for a Gaussian a third of a window of 14 and two thirds of one of 24 are such.
 // No include guard: every instruction set compiles this text anew, inside its own namespace and target options.
+
+// Kept from call to call by each thread, so that no pages are faulted in again.
+template <class A>
+struct MixingBuffers {
+  std::vector<double> weight, flipped, peak, flipped_peak, scale, row, sums;
+  std::vector<int64_t> place;
+  std::vector<A> dense;
+};
 
 template <class A>
 class Mixing {
  public:
-  explicit Mixing(const Call& call) : call_(call), shape_(call.shape) {}
+  Mixing(const Call& call, MixingBuffers<A>& buffers) : call_(call), shape_(call.shape), b_(buffers) {}
 
-  // P into `p` [ld, ld], zeros beyond the window's tokens.
-  void build(const Window& window, int64_t group, A* p, int64_t ld) {
-    const int64_t tokens = window.tokens;
-    const A* table = at_group(call_.table, group, shape_.table_size());
-    const bool factored = call_.softmax && table && !call_.matrix;
-    if (factored) exponentiate(table, tokens);
-    std::fill(p + tokens * ld, p + ld * ld, A(0));
-    for (int64_t i = 0; i < tokens; ++i) {
-      A* row = p + i * ld;
-      std::fill(row, row + ld, A(0));
-      if (factored && factored_row(window, i, row)) continue;
-      if (table)
-        for_each_run(window, i, i + 1, [&](int64_t, int64_t key, int64_t at) {
-          copy_row(table + at, row + key, window.cls.box[2]);
-        });
-      if (call_.matrix) add_matrix_row(window, group, i, row);
-      if (call_.softmax) softmax_row(row, tokens);
-    }
+  void prepare(const Window& window, int64_t group) {
+    window_ = &window;
+    table_ = at_group(call_.table, group, shape_.table_size());
+    stride_[2] = 1;
+    stride_[1] = 2 * shape_.window[2] - 1;
+    stride_[0] = (2 * shape_.window[1] - 1) * stride_[1];
+    centre_ = (shape_.window[0] - 1) * stride_[0] + (shape_.window[1] - 1) * stride_[1] + shape_.window[2] - 1;
+    find_places();
+    negligible_ = call_.softmax ? double(std::numeric_limits<A>::epsilon()) / 128 / double(window.tokens) : 0;
+    factored_ = table_ && !call_.matrix && weigh_table() && scale_rows();
+    if (factored_) find_peaks();
+    if (!factored_) build_dense(group);
   }
 
-  // Adds the gradients of a group's table and matrix, given dP, which is overwritten.
-  void add_gradient(const Window& window, int64_t part, const A* p, A* dp, int64_t ld) {
-    const int64_t tokens = window.tokens, n = shape_.window_tokens();
-    if (call_.softmax)
-      for (int64_t i = 0; i < tokens; ++i) softmax_row_gradient(p + i * ld, dp + i * ld, tokens);
-    if (call_.dtable_parts) {
-      A* to = static_cast<A*>(call_.dtable_parts) + part * shape_.table_size();
-      sums_.assign(shape_.table_size(), 0.);  // up to N terms an entry: in double their order does not show
-      for_each_run(window, 0, tokens, [&](int64_t i, int64_t key, int64_t at) {
-        for (int64_t c = 0; c < window.cls.box[2]; ++c) sums_[at + c] += dp[i * ld + key + c];
-      });
-      for (int64_t i = 0; i < shape_.table_size(); ++i) to[i] += A(sums_[i]);
+  // Tiles of queries, entries are keys.
+  void pack_rows(Packed<A>& packed) { pack<true>(packed); }
+  // Tiles of keys, entries are queries: the transpose.
+  void pack_columns(Packed<A>& packed) { pack<false>(packed); }
+
+  // Adds the gradients of a group's table and matrix, given dP [tokens, ld], which is overwritten.
+  void add_gradient(int64_t part, A* dp, int64_t ld) {
+    const int64_t tokens = window_->tokens, n = shape_.window_tokens();
+    b_.sums.assign(call_.dtable_parts ? shape_.table_size() : 0, 0.);  // in double their order does not show
+    make_room(b_.row, tokens);
+    for (int64_t i = 0; i < tokens; ++i) {
+      row_gradient(i, dp + i * ld);
+      if (call_.dtable_parts)
+        for_each_run(i, [&](int64_t key, int64_t at, int64_t count) {
+          for (int64_t c = 0; c < count; ++c) b_.sums[at + c] += b_.row[key + c];
+        });
+      if (call_.dmatrix_parts) {
+        A* to = static_cast<A*>(call_.dmatrix_parts) + part * n * n + window_->index[i] * n;
+        for (int64_t j = 0; j < tokens; ++j) to[window_->index[j]] += A(b_.row[j]);
+      }
     }
-    if (call_.dmatrix_parts) {
-      A* to = static_cast<A*>(call_.dmatrix_parts) + part * n * n;
-      for (int64_t i = 0; i < tokens; ++i)
-        for (int64_t j = 0; j < tokens; ++j) to[window.index[i] * n + window.index[j]] += dp[i * ld + j];
-    }
+    if (!call_.dtable_parts) return;
+    A* to = static_cast<A*>(call_.dtable_parts) + part * shape_.table_size();
+    const bool weighted = factored_ && call_.softmax;
+    for (int64_t e = 0; e < shape_.table_size(); ++e) to[e] += A(weighted ? b_.weight[e] * b_.sums[e] : b_.sums[e]);
   }
 
  private:
-  static constexpr int kLanes = VectorOf<A>::kLanes, kDoubles = VectorOf<double>::kLanes;
-  static constexpr A kInfinity = std::numeric_limits<A>::infinity(), kSmallest = std::numeric_limits<A>::min();
+  static constexpr int kDoubles = VectorOf<double>::kLanes;
 
   static const A* at_group(const void* parameter, int64_t group, int64_t size) {
     return parameter ? static_cast<const A*>(parameter) + group * size : nullptr;
   }
+  // `count` values, with room for a vector to stick out.
+  static void make_room(std::vector<double>& values, int64_t count) { values.assign(count + 2 * kDoubles, 0.); }
 
-  // Calls `run(i, key, at)` for the query i and each run of keys whose table entries lie side by side.
+  // ---- the table ----
+
+  void find_places() {
+    const int64_t* box = window_->cls.box;
+    b_.place.clear();
+    for (int64_t p0 = 0; p0 < box[0]; ++p0)
+      for (int64_t p1 = 0; p1 < box[1]; ++p1)
+        for (int64_t p2 = 0; p2 < box[2]; ++p2) b_.place.push_back(p0 * stride_[0] + p1 * stride_[1] + p2);
+  }
+
+  // Calls `run(key, entry, count)` for each run of keys whose entries for query i lie side by side.
   template <class Run>
-  void for_each_run(const Window& window, int64_t first, int64_t last, Run&& run) const {
-    const int64_t *box = window.cls.box, *size = shape_.window;
-    for (int64_t i = first; i < last; ++i) {
-      const int64_t i0 = i / (box[1] * box[2]), i1 = i / box[2] % box[1], i2 = i % box[2];
-      for (int64_t j0 = 0, key = 0; j0 < box[0]; ++j0)
-        for (int64_t j1 = 0; j1 < box[1]; ++j1, key += box[2]) {
-          const int64_t delta0 = j0 - i0 + size[0] - 1, delta1 = j1 - i1 + size[1] - 1;
-          run(i, key, (delta0 * (2 * size[1] - 1) + delta1) * (2 * size[2] - 1) + size[2] - 1 - i2);
-        }
-    }
+  void for_each_run(int64_t i, Run&& run) const {
+    const int64_t *box = window_->cls.box, first = centre_ - b_.place[i];
+    int64_t key = 0;
+    for (int64_t j0 = 0; j0 < box[0]; ++j0)
+      for (int64_t j1 = 0; j1 < box[1]; ++j1, key += box[2]) run(key, first + b_.place[key], box[2]);
   }
 
-  void add_matrix_row(const Window& window, int64_t group, int64_t i, A* row) const {
-    const int64_t n = shape_.window_tokens();
-    const A* matrix = at_group(call_.matrix, call_.matrix_per_group ? group : 0, n * n) + window.index[i] * n;
-    for (int64_t j = 0; j < window.tokens; ++j) row[j] += matrix[window.index[j]];
-  }
-
-  // Without a free matrix a weight is e^(R(delta) - max R) over its row's sum: one exponential per table entry serves
-  // all N rows. That few can be had in double, and must: an error in one would be the same in every row, and gradients
-  // of the table, which sum over rows, would not average it out.
-  void exponentiate(const A* table, int64_t tokens) {
+  bool weigh_table() {
     const int64_t size = shape_.table_size();
-    A maximum = table[0];
-    for (int64_t i = 1; i < size; ++i) maximum = table[i] > maximum ? table[i] : maximum;
-    weights_.assign(round_up(size, kDoubles), 0.);
-    for (int64_t i = 0; i < size; ++i) weights_[i] = double(table[i]) - double(maximum);
-    for (int64_t i = 0; i < size; i += kDoubles)
-      store<double>(&weights_[i], exponential(load<double>(&weights_[i])));
-    row_.assign(round_up(tokens, kDoubles), 0.);
+    make_room(b_.weight, size);
+    if (!call_.softmax) {
+      for (int64_t e = 0; e < size; ++e) b_.weight[e] = double(table_[e]);
+      return true;
+    }
+    A maximum = table_[0];
+    for (int64_t e = 1; e < size; ++e) maximum = table_[e] > maximum ? table_[e] : maximum;
+    for (int64_t e = 0; e < size; ++e) b_.weight[e] = double(table_[e]) - double(maximum);
+    for (int64_t e = 0; e < size; e += kDoubles)
+      store<double>(&b_.weight[e], exponential(load<double>(&b_.weight[e])));
+    std::fill(b_.weight.begin() + size, b_.weight.end(), 0.);
+    return true;
   }
 
-  // The weights of query i; false where its keys are all so far from the table's maximum that nothing is left of them.
-  bool factored_row(const Window& window, int64_t i, A* row) {
+  // One over the sum of each query's weights; false if a sum is too small to be divided by.
+  bool scale_rows() {
     constexpr double kEnough = 1e-280;
-    for_each_run(window, i, i + 1, [&](int64_t, int64_t key, int64_t at) {
-      copy_row(&weights_[at], &row_[key], window.cls.box[2]);
-    });
-    DoubleVec sums{};
-    for (int64_t j = 0; j < window.tokens; j += kDoubles) sums += load<double>(&row_[j]);
-    const double sum = sum_lanes<double>(sums);
-    if (!(sum >= kEnough)) return false;
-    const double inverse = 1 / sum;
-    for (int64_t j = 0; j < window.tokens; j += kDoubles) {
-      const DoubleVec weight = load<double>(&row_[j]) * inverse;
-      store_rounded(row + j, weight < double(kSmallest) ? DoubleVec{} : weight);
+    const int64_t tokens = window_->tokens;
+    make_room(b_.scale, round_up(tokens, kTileRows));
+    if (!call_.softmax) {
+      std::fill_n(b_.scale.begin(), tokens, 1.);
+      return true;
+    }
+    sum_boxes();
+    for (int64_t i = 0; i < tokens; ++i) {
+      if (!(b_.sums[i] >= kEnough)) return false;
+      b_.scale[i] = 1 / b_.sums[i];
     }
     return true;
   }
 
-  // About the row's own maximum, so that centres far away divide by no zero. Weights below the smallest normal number
-  // become zero, here as above: subnormal operands would slow every product down.
-  static void softmax_row(A* row, int64_t tokens) {
-    const int64_t padded = round_up(tokens, kLanes);
-    for (int64_t j = tokens; j < padded; ++j) row[j] = -kInfinity;
-    Vec<A> largest = fill(-kInfinity);
-    for (int64_t j = 0; j < padded; j += kLanes) {
-      const Vec<A> value = load<A>(row + j);
-      largest = value > largest ? value : largest;
+  // The sum of each query's weights into `sums`: its keys are a box of the table, so a dimension at a time will do.
+  void sum_boxes() {
+    const int64_t *box = window_->cls.box, *size = shape_.window;
+    int64_t before = 1, after = shape_.table_size();
+    b_.sums.assign(b_.weight.begin(), b_.weight.begin() + after);
+    for (int d = 0; d < kRank; ++d) {
+      const int64_t entries = 2 * size[d] - 1;
+      after /= entries;
+      b_.row.assign(before * box[d] * after, 0.);
+      for (int64_t a = 0; a < before; ++a)
+        for (int64_t query = 0; query < box[d]; ++query) {
+          double* to = &b_.row[(a * box[d] + query) * after];
+          const double* from = &b_.sums[(a * entries + size[d] - 1 - query) * after];
+          for (int64_t key = 0; key < box[d]; ++key, from += after)
+            for (int64_t c = 0; c < after; ++c) to[c] += from[c];
+        }
+      before *= box[d];
+      b_.sums.swap(b_.row);
     }
-    A maximum = -kInfinity;
-    for (int l = 0; l < kLanes; ++l) maximum = largest[l] > maximum ? largest[l] : maximum;
-    Vec<A> sums{};
-    for (int64_t j = 0; j < padded; j += kLanes) {
-      const Vec<A> weight = exponential(load<A>(row + j) - maximum);
-      sums += weight;
-      store<A>(row + j, weight);
-    }
-    const A inverse = A(1 / sum_lanes<A>(sums));
-    for (int64_t j = 0; j < padded; j += kLanes) {
-      const Vec<A> weight = load<A>(row + j) * inverse;
-      store<A>(row + j, weight < kSmallest ? Vec<A>{} : weight);
-    }
-    for (int64_t j = tokens; j < padded; ++j) row[j] = 0;
+  }
+  void copy_weights(int64_t i) {
+    for_each_run(i, [&](int64_t key, int64_t at, int64_t count) { copy_row(&b_.weight[at], &b_.row[key], count); });
   }
 
-  // dL = P * (dP - sum of P * dP). The sum is divided by that of P, which rounding keeps from 1: what all of a row's dP
-  // have in common must cancel.
-  static void softmax_row_gradient(const A* weight, A* gradient, int64_t tokens) {
-    Vec<A> sums{}, weights{};
-    for (int64_t j = 0; j < tokens; j += kLanes) {
-      sums += load<A>(weight + j) * load<A>(gradient + j);
-      weights += load<A>(weight + j);
+  // The largest |weight| among the kTileRows entries from each one on, for the table and for its mirror image.
+  void find_peaks() {
+    const int64_t size = shape_.table_size();
+    make_room(b_.flipped, size);
+    for (int64_t e = 0; e < size; ++e) b_.flipped[e] = b_.weight[size - 1 - e];
+    const auto peaks = [&](const std::vector<double>& from, std::vector<double>& to) {
+      make_room(to, size);
+      for (int64_t e = 0; e < size; e += kDoubles) {
+        DoubleVec largest{};
+        for (int r = 0; r < kTileRows && e + r < size; ++r) {
+          const DoubleVec value = load<double>(&from[e + r]);
+          DoubleVec magnitude = value < 0. ? -value : value;
+          magnitude = value == value ? magnitude : fill(std::numeric_limits<double>::infinity());
+          largest = magnitude > largest ? magnitude : largest;
+        }
+        store<double>(&to[e], largest);
+      }
+    };
+    peaks(b_.weight, b_.peak);
+    peaks(b_.flipped, b_.flipped_peak);
+  }
+
+  // ---- packing ----
+
+  template <bool kRows>
+  void pack(Packed<A>& packed) {
+    const int64_t tokens = window_->tokens, tiles = divide_up(tokens, kTileRows);
+    packed.clear(tiles * tokens);
+    int64_t entries = 0;
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const int64_t first = tile * kTileRows, rows = std::min<int64_t>(kTileRows, tokens - first);
+      const bool side_by_side =
+          rows == kTileRows && b_.place[first + rows - 1] == b_.place[first] + rows - 1 && factored_;
+      entries = side_by_side ? pack_run<kRows>(packed, entries, first) : pack_tile<kRows>(packed, entries, first, rows);
+      if (entries == packed.begin.back()) {  // a tile has at least one
+        std::fill_n(&packed.weights[entries * kTileRows], kTileRows, A(0));
+        packed.row[entries++] = 0;
+      }
+      packed.begin.push_back(entries);
     }
-    const A mean = A(sum_lanes<A>(sums) / sum_lanes<A>(weights));
-    for (int64_t j = 0; j < tokens; j += kLanes)
-      store<A>(gradient + j, load<A>(weight + j) * (load<A>(gradient + j) - mean));
+  }
+
+  // A tile whose tokens lie side by side along the last dimension: their weights do so too, in the table's mirror image
+  // for queries, in the table for keys.
+  template <bool kRows>
+  int64_t pack_run(Packed<A>& packed, int64_t entries, int64_t first) const {
+    const double* weight = kRows ? b_.flipped.data() : b_.weight.data();
+    const double* peak = kRows ? b_.flipped_peak.data() : b_.peak.data();
+    const double largest = kRows ? *std::max_element(&b_.scale[first], &b_.scale[first] + kTileRows) : 1;
+    const int64_t origin = centre_ + b_.place[first];
+    for (int64_t k = 0; k < window_->tokens; ++k) {
+      const int64_t at = origin - b_.place[k];
+      if (!(peak[at] * (kRows ? largest : b_.scale[k]) > negligible_)) continue;
+      A* to = &packed.weights[entries * kTileRows];
+      for (int r = 0; r < kTileRows; r += kDoubles)
+        store_rounded(to + r, load<double>(weight + at + r) * (kRows ? load<double>(&b_.scale[first + r]) : fill(b_.scale[k])));
+      packed.row[entries++] = int32_t(k * kPanelOf<A>);
+    }
+    return entries;
+  }
+
+  template <bool kRows>
+  int64_t pack_tile(Packed<A>& packed, int64_t entries, int64_t first, int64_t rows) const {
+    for (int64_t k = 0; k < window_->tokens; ++k) {
+      A* to = &packed.weights[entries * kTileRows];
+      bool counts = false;
+      for (int64_t r = 0; r < rows; ++r) {
+        const double weight = kRows ? weight_of(first + r, k) : weight_of(k, first + r);
+        to[r] = A(weight);
+        counts |= !(std::abs(weight) <= negligible_);
+      }
+      std::fill(to + rows, to + kTileRows, A(0));
+      if (counts) packed.row[entries++] = int32_t(k * kPanelOf<A>);
+    }
+    return entries;
+  }
+
+  double weight_of(int64_t i, int64_t j) const {
+    return factored_ ? b_.weight[centre_ + b_.place[j] - b_.place[i]] * b_.scale[i]
+                     : double(b_.dense[i * window_->tokens + j]);
+  }
+
+  // ---- dense ----
+
+  void build_dense(int64_t group) {
+    const int64_t tokens = window_->tokens, n = shape_.window_tokens();
+    const A* matrix = at_group(call_.matrix, call_.matrix_per_group ? group : 0, n * n);
+    b_.dense.resize(tokens * tokens);
+    make_room(b_.row, tokens);
+    for (int64_t i = 0; i < tokens; ++i) {
+      std::fill(b_.row.begin(), b_.row.end(), 0.);
+      if (table_)
+        for_each_run(i, [&](int64_t key, int64_t at, int64_t count) {
+          for (int64_t c = 0; c < count; ++c) b_.row[key + c] = double(table_[at + c]);
+        });
+      if (matrix)
+        for (int64_t j = 0; j < tokens; ++j) b_.row[j] += double(matrix[window_->index[i] * n + window_->index[j]]);
+      if (call_.softmax) softmax_row();
+      for (int64_t j = 0; j < tokens; ++j) b_.dense[i * tokens + j] = A(b_.row[j]);
+    }
+  }
+
+  void softmax_row() {
+    const int64_t tokens = window_->tokens;
+    const double maximum = *std::max_element(b_.row.begin(), b_.row.begin() + tokens);
+    std::fill(b_.row.begin() + tokens, b_.row.end(), -std::numeric_limits<double>::infinity());
+    DoubleVec sums{};
+    for (int64_t j = 0; j < tokens; j += kDoubles) {
+      const DoubleVec weight = exponential(load<double>(&b_.row[j]) - maximum);
+      sums += weight;
+      store<double>(&b_.row[j], weight);
+    }
+    const double inverse = 1 / sum_lanes<double>(sums);
+    for (int64_t j = 0; j < tokens; ++j) b_.row[j] *= inverse;
+  }
+
+  // ---- gradient ----
+
+  // The gradient of query i's logits into `row`: dP, or under softmax P * (dP - sum of P * dP). The sum is divided by
+  // that of P, which rounding keeps from 1: what all of a row's dP have in common must cancel. Where P is factored, the
+  // weight of an entry is left for the end.
+  void row_gradient(int64_t i, A* dp) {
+    const int64_t tokens = window_->tokens;
+    std::fill(dp + tokens, dp + round_up(tokens, kDoubles), A(0));
+    double mean = 0, scale = 1;
+    if (call_.softmax) {
+      DoubleVec sums{}, weights{};
+      std::fill(b_.row.begin() + tokens, b_.row.end(), 0.);
+      if (factored_)
+        copy_weights(i);
+      else
+        for (int64_t j = 0; j < tokens; ++j) b_.row[j] = double(b_.dense[i * tokens + j]);
+      for (int64_t j = 0; j < tokens; j += kDoubles) {
+        const DoubleVec weight = load<double>(&b_.row[j]);
+        sums += weight * load_wide(dp + j);
+        weights += weight;
+      }
+      mean = sum_lanes<double>(sums) / sum_lanes<double>(weights);
+      if (factored_) scale = b_.scale[i];
+    }
+    const bool weigh = call_.softmax && !factored_;
+    for (int64_t j = 0; j < tokens; j += kDoubles) {
+      const DoubleVec gradient = (load_wide(dp + j) - mean) * scale;
+      store<double>(&b_.row[j], weigh ? gradient * load<double>(&b_.row[j]) : gradient);
+    }
   }
 
   const Call& call_;
   const Shape& shape_;
-  std::vector<double> weights_, row_;  // e^(R - max R) of the group at hand, and those of a query
-  std::vector<double> sums_;           // the gradient of a table
+  MixingBuffers<A>& b_;
+  const Window* window_ = nullptr;
+  const A* table_ = nullptr;  // of the group at hand
+  int64_t stride_[kRank] = {0, 0, 0}, centre_ = 0;
+  double negligible_ = 0;
+  bool factored_ = false;
 };

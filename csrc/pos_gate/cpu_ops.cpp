@@ -22,8 +22,8 @@ using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 using Sizes = std::vector<int64_t>;
 
-constexpr int64_t kUnits = 32;            // enough to keep many cores busy
-constexpr int64_t kColumnsPerUnit = 384;  // enough for building P to cost little beside its use
+constexpr int64_t kUnits = 64;            // of a backward: enough to keep many cores busy
+constexpr int64_t kColumnsPerUnit = 768;  // enough for packing P to cost little beside its use
 constexpr int64_t kNormBlocks = 64;
 
 struct Arguments {
@@ -88,7 +88,7 @@ void read_shape(Arguments& a, const Sizes& window, const Sizes& shift) {
 
 Arguments read(const Tensor& x, const MaybeTensor& table, const MaybeTensor& bias, const MaybeTensor& matrix,
                const MaybeTensor& norm_weight, const MaybeTensor& norm_bias, const Sizes& window, const Sizes& shift,
-               bool softmax, int64_t activation, double eps) {
+               bool softmax, int64_t activation, double eps, int64_t units) {
   Arguments a{with_contiguous_channels(x), table, bias, matrix, norm_weight, norm_bias, {}, ScalarType::Float};
   read_shape(a, window, shift);
   Call& call = a.call;
@@ -110,7 +110,7 @@ Arguments read(const Tensor& x, const MaybeTensor& table, const MaybeTensor& bia
   call.norm_weight = data_of(a.norm_weight, "norm_weight", a.parameter_type, shape.channels);
   call.norm_bias = data_of(a.norm_bias, "norm_bias", a.parameter_type, shape.channels);
   const int64_t columns = shape.batch * shape.map_tokens() / n * shape.group_channels();
-  call.splits = std::clamp<int64_t>(columns / kColumnsPerUnit, 1, divide_up(kUnits, shape.groups));
+  call.splits = std::clamp<int64_t>(columns / kColumnsPerUnit, 1, divide_up(units, shape.groups));
   call.norm_blocks = std::clamp<int64_t>(shape.batch * shape.map_tokens(), 1, kNormBlocks);
   return a;
 }
@@ -134,8 +134,10 @@ Tensor norm_statistics(Arguments& a, const Kernels& kernels) {
 Tensor forward(const Tensor& x, const MaybeTensor& table, const MaybeTensor& bias, const MaybeTensor& matrix,
                const MaybeTensor& norm_weight, const MaybeTensor& norm_bias, const Sizes& window, const Sizes& shift,
                bool softmax, int64_t activation, double eps) {
+  // No result depends on the number of units here: as few as keep the threads busy.
+  const int64_t units = 4 * int64_t(torch::stable::get_num_threads());
   Arguments a =
-      read(x, table, bias, matrix, norm_weight, norm_bias, window, shift, softmax, activation, eps);
+      read(x, table, bias, matrix, norm_weight, norm_bias, window, shift, softmax, activation, eps, units);
   Sizes sizes(x.sizes().begin(), x.sizes().end());
   sizes.back() = a.call.shape.channels;
   Tensor z = torch::stable::new_empty(a.x, sizes);
@@ -165,7 +167,7 @@ Gradients backward(const Tensor& dz, const Tensor& x, const MaybeTensor& table, 
                    const Sizes& window, const Sizes& shift, bool softmax, int64_t activation, double eps,
                    bool mixing_grad) {
   Arguments a =
-      read(x, table, bias, matrix, norm_weight, norm_bias, window, shift, softmax, activation, eps);
+      read(x, table, bias, matrix, norm_weight, norm_bias, window, shift, softmax, activation, eps, kUnits);
   Call& call = a.call;
   const Shape& shape = call.shape;
   const int64_t n = shape.window_tokens(), part_count = call.units();

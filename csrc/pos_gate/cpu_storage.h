@@ -70,17 +70,106 @@ inline void copy_row(const A* from, A* to, int64_t count) {
   }
 }
 
+// copy_row for rows from(k) to to(k), k < rows.
+template <class A, class From, class To, int kLanes = VectorOf<A>::kLanes>
+inline void copy_rows(int64_t rows, int64_t count, const From& from, const To& to) {
+  if constexpr (kLanes > 1) {
+    if (count < kLanes) return copy_rows<A, From, To, kLanes / 2>(rows, count, from, to);
+    if (count <= 2 * kLanes) {
+      typedef A Piece __attribute__((vector_size(kLanes * sizeof(A))));
+      for (int64_t k = 0; k < rows; ++k) {
+        const A* source = from(k);
+        A* target = to(k);
+        Piece first, last;
+        __builtin_memcpy(&first, source, sizeof first);
+        __builtin_memcpy(&last, source + count - kLanes, sizeof last);
+        __builtin_memcpy(target, &first, sizeof first);
+        __builtin_memcpy(target + count - kLanes, &last, sizeof last);
+      }
+      return;
+    }
+  }
+  for (int64_t k = 0; k < rows; ++k) copy_row<A>(from(k), to(k), count);
+}
+
+// The same for 16-bit types, kLanes numbers at a time.
+template <int kLanes>
+struct Lanes {
+  typedef float floats __attribute__((vector_size(4 * kLanes)));
+  typedef uint32_t words __attribute__((vector_size(4 * kLanes)));
+  typedef uint16_t halves __attribute__((vector_size(2 * kLanes)));
+};
+template <int kLanes>
+inline void widen(const Bfloat16* from, float* to) {
+  typename Lanes<kLanes>::halves bits;
+  __builtin_memcpy(&bits, from, sizeof bits);
+  const auto wide = __builtin_convertvector(bits, typename Lanes<kLanes>::words) << 16;
+  __builtin_memcpy(to, &wide, sizeof wide);
+}
+template <int kLanes>
+inline void narrow(const float* from, Bfloat16* to) {
+  typename Lanes<kLanes>::words bits;
+  __builtin_memcpy(&bits, from, sizeof bits);
+  const auto rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const auto result = (bits & 0x7fffffffu) > 0x7f800000u ? rounded * 0u + 0x7fc0u : rounded;
+  const auto narrowed = __builtin_convertvector(result, typename Lanes<kLanes>::halves);
+  __builtin_memcpy(to, &narrowed, sizeof narrowed);
+}
+template <int kLanes>
+inline void widen(const Float16* from, float* to) {
+#ifdef POSMLP_F16C
+  if constexpr (kLanes >= 8) {
+    for (int i = 0; i < kLanes; i += 8)
+      _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
+    return;
+  }
+#endif
+  for (int i = 0; i < kLanes; ++i) to[i] = widen(from[i]);
+}
+template <int kLanes>
+inline void narrow(const float* from, Float16* to) {
+#ifdef POSMLP_F16C
+  if constexpr (kLanes >= 8) {
+    for (int i = 0; i < kLanes; i += 8)
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i),
+                       _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
+    return;
+  }
+#endif
+  for (int i = 0; i < kLanes; ++i) narrow(from[i], to[i]);
+}
+template <class T, int kLanes = VectorOf<float>::kLanes>
+inline void widen_row(const T* from, float* to, int64_t count) {
+  if constexpr (kLanes == 1) {
+    if (count > 0) *to = widen(*from);
+  } else {
+    if (count < kLanes) return widen_row<T, kLanes / 2>(from, to, count);
+    for (int64_t i = 0; i + kLanes <= count; i += kLanes) widen<kLanes>(from + i, to + i);
+    widen<kLanes>(from + count - kLanes, to + count - kLanes);
+  }
+}
+template <class T, int kLanes = VectorOf<float>::kLanes>
+inline void narrow_row(const float* from, T* to, int64_t count) {
+  if constexpr (kLanes == 1) {
+    if (count > 0) narrow(*from, *to);
+  } else {
+    if (count < kLanes) return narrow_row<T, kLanes / 2>(from, to, count);
+    for (int64_t i = 0; i + kLanes <= count; i += kLanes) narrow<kLanes>(from + i, to + i);
+    narrow<kLanes>(from + count - kLanes, to + count - kLanes);
+  }
+}
+
 template <class T, class A>
 inline void load_row(const T* from, A* to, int64_t count) {
   if constexpr (std::is_same_v<T, A>)
     copy_row(from, to, count);
   else
-    for (int64_t i = 0; i < count; ++i) to[i] = widen(from[i]);
+    widen_row(from, to, count);
 }
 template <class T, class A>
 inline void store_row(const A* from, T* to, int64_t count) {
   if constexpr (std::is_same_v<T, A>)
     copy_row(from, to, count);
   else
-    for (int64_t i = 0; i < count; ++i) narrow(from[i], to[i]);
+    narrow_row(from, to, count);
 }
