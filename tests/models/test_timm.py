@@ -39,7 +39,9 @@ def test_features_only(options):
     model = posmlp.create_model("posmlp_nano", absolute_embedding=True).eval()
     assert features.feature_info.channels() == [48, 96] and features.feature_info.reduction() == [4, 8]
     expected = model.forward_intermediates(x, intermediates_only=True)
-    assert all(torch.equal(a, b) for a, b in zip(features(x), expected, strict=True))
+    # "list" and "hook" take the stem apart; then it folds no batch norms, which is another rounding.
+    same = partial(torch.allclose, atol=1e-5) if options else torch.equal
+    assert all(same(a, b) for a, b in zip(features(x), expected, strict=True))
 
 
 def test_features_of_some_levels():
