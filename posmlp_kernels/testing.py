@@ -6,7 +6,7 @@ Needs nothing but torch, so that a package can be checked wherever it is install
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -279,10 +279,13 @@ def truth_of(case: Case, inputs: Inputs) -> dict[str, Tensor]:
     return with_gradients(run_eager, case, wide)
 
 
+Results = Tensor | Mapping[str, Tensor]
+
+
 def assert_no_worse(
-    actual: Tensor | Mapping[str, Tensor],
-    eager: Tensor | Mapping[str, Tensor],
-    truth: Tensor | Mapping[str, Tensor],
+    actual: Results | Sequence[Results],
+    eager: Results | Sequence[Results],
+    truth: Results | Sequence[Results],
     factor: float = 2.0,
     name: str = "result",
 ) -> None:
@@ -291,28 +294,67 @@ def assert_no_worse(
     The largest error may be `factor` times eager's. Where eager is exact by luck (one term, no rounding),
     twice nothing would forbid the one rounding that any dtype must be allowed; so eager's error counts as at
     least one rounding unit of the largest entry. Mappings are compared entry by entry.
+
+    The largest error of one draw is itself a random number, eager's too, and it varies between processors. In
+    lists, one item per draw, the mean over the draws is compared.
     """
-    if isinstance(actual, Mapping):
+    if isinstance(truth, Sequence) and truth and isinstance(truth[0], Mapping):
+        actual, eager, truth = map(_by_name, (actual, eager, truth))
+    if isinstance(truth, Mapping):
         assert actual.keys() == eager.keys() == truth.keys(), f"{list(actual)}, {list(truth)} differ"
         for key in truth:
             assert_no_worse(actual[key], eager[key], truth[key], factor, key)
         return
-    assert actual.shape == truth.shape, f"{name} must be {list(truth.shape)}, got {list(actual.shape)}"
-    assert actual.dtype == eager.dtype, f"{name} must be {eager.dtype}, got {actual.dtype}"
-    assert truth.dtype == torch.float64, f"{name}: the truth must be float64, got {truth.dtype}"
-    if truth.numel() == 0:
-        return
-    error, eager_error = _error(actual, truth), _error(eager, truth)
-    unit = torch.finfo(actual.dtype).eps * truth.abs().max().item()
+    if isinstance(truth, Tensor):
+        actual, eager, truth = [actual], [eager], [truth]
+    errors = [_errors(*values, name) for values in zip(actual, eager, truth, strict=True)]
+    error, eager_error, unit = (math.fsum(column) / len(errors) for column in zip(*errors, strict=True))
     allowed = factor * max(eager_error, unit)
-    # "not <=" rather than ">": NaN must fail.
+    # "<=" rather than "not >": NaN must fail.
     assert error <= allowed, (
         f"{name}: error {error:.3e} is more than {factor} x eager's {eager_error:.3e} ({allowed=:.3e})"
     )
 
 
-def _error(value: Tensor, truth: Tensor) -> float:
-    return (value.detach().to("cpu", torch.float64) - truth).abs().max().item()
+def _errors(actual: Tensor, eager: Tensor, truth: Tensor, name: str) -> tuple[float, float, float]:
+    """The largest errors of actual and eager, and the rounding unit of truth's largest entry."""
+    assert actual.shape == truth.shape, f"{name} must be {list(truth.shape)}, got {list(actual.shape)}"
+    assert actual.dtype == eager.dtype, f"{name} must be {eager.dtype}, got {actual.dtype}"
+    assert truth.dtype == torch.float64, f"{name}: the truth must be float64, got {truth.dtype}"
+    if truth.numel() == 0:
+        return 0.0, 0.0, 0.0
+    error, eager_error = (
+        (t.detach().to("cpu", torch.float64) - truth).abs().max().item() for t in (actual, eager)
+    )
+    return error, eager_error, torch.finfo(actual.dtype).eps * truth.abs().max().item()
+
+
+def _by_name(draws: Sequence[Mapping[str, Tensor]]) -> dict[str, list[Tensor]]:
+    assert all(draw.keys() == draws[0].keys() for draw in draws), "draws must hold the same results"
+    return {name: [draw[name] for draw in draws] for name in draws[0]}
+
+
+def assert_gate_no_worse(
+    gate: Callable[[Case, Inputs], Tensor],
+    case: Case,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    parameter_dtype: torch.dtype | None = None,
+    seeds: Iterable[int] = range(16),
+) -> list[dict[str, Tensor]]:
+    """Hold the values and gradients of `gate(case, inputs)` to eager's error over many draws.
+
+    Returns gate's results, one per seed. What gate leaves unwritten is NaN.
+    """
+    actual, eager, truth = [], [], []
+    for seed in seeds:
+        inputs = make_inputs(case, dtype, device, seed, parameter_dtype)
+        with poisoned_memory():
+            actual.append(with_gradients(gate, case, inputs))
+        eager.append(with_gradients(run_eager, case, inputs))
+        truth.append(truth_of(case, inputs))
+    assert_no_worse(actual, eager, truth)
+    return actual
 
 
 @contextmanager

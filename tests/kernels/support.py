@@ -48,6 +48,11 @@ def over_backends(without: Iterable[str] = (), interpreter: bool = True) -> pyte
     return pytest.mark.parametrize("backend", [_parameter(name, id=name) for name in names])
 
 
+def seeds_of(backend: str) -> range:
+    """The draws over which errors are averaged: few where each takes seconds."""
+    return range(2 if interpreted(backend) else 16)
+
+
 def strided_case(backend: str) -> Case:
     """Partial, shifted windows on a map that they do not divide; smaller where Triton is interpreted."""
     case = find_case("shift_partial")

@@ -37,9 +37,7 @@ warnings.simplefilter("ignore")
 import torch, posmlp_kernels
 from posmlp_kernels.testing import *
 case = find_case("gelu_tanh_norm")
-inputs = make_inputs(case)
-result = with_gradients(run, case, inputs)
-assert_no_worse(result, with_gradients(run_eager, case, inputs), truth_of(case, inputs))
+assert_gate_no_worse(run, case)
 """
 
 
@@ -96,7 +94,7 @@ def test_without_the_compiled_part(broken, reason):
 print(posmlp_kernels.backends())
 print(posmlp_kernels.explain())
 try:
-    run(case, inputs, "cpu")
+    run(case, make_inputs(case), "cpu")
 except NotImplementedError as error:
     print(error)
 """,

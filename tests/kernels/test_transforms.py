@@ -7,12 +7,12 @@ import threading
 
 import pytest
 import torch
-from support import device_of, interpreted, over_backends, strided_case
+from support import device_of, interpreted, over_backends, seeds_of, strided_case
 
 from posmlp_kernels import PosSGU, pos_gate
 from posmlp_kernels.pos_gate import reference
 from posmlp_kernels.problem import check
-from posmlp_kernels.testing import assert_no_worse, find_case, make_inputs, run, run_eager, truth_of
+from posmlp_kernels.testing import assert_gate_no_worse, assert_no_worse, find_case, make_inputs, run
 
 TOLERANCE = {"rtol": 0, "atol": 1e-11}  # float64: the order of sums may differ, nothing else
 
@@ -102,7 +102,13 @@ def test_ensemble_of_layers(backend):
 def test_autocast(backend, encoding):
     """float32 parameters, bfloat16 x from the layer before: bfloat16 out, float32 gradients, and no error
     beyond that of plain PyTorch in bfloat16."""
-    torch.manual_seed(0)
+    draws = [autocast_step(backend, encoding, seed) for seed in seeds_of(backend)]
+    assert_no_worse(*map(list, zip(*draws, strict=True)))
+
+
+def autocast_step(backend, encoding, seed):
+    """z of a random layer under autocast, of plain PyTorch in bfloat16, and in float64."""
+    torch.manual_seed(seed)
     device = device_of(backend)
     gate = PosSGU(16, 3, groups=2, encoding=encoding, backend=backend, device=device)
     with torch.no_grad():
@@ -120,7 +126,7 @@ def test_autocast(backend, encoding):
 
     wide = copy.deepcopy(gate).double()
     wide.backend = "reference"
-    assert_no_worse(z, plain_in_bfloat16(gate, hidden.detach()), wide(hidden.detach().double()))
+    return z, plain_in_bfloat16(gate, hidden.detach()), wide(hidden.detach().double()).cpu()
 
 
 def plain_in_bfloat16(layer, x):
@@ -137,12 +143,14 @@ def plain_in_bfloat16(layer, x):
 @over_backends(interpreter=False)
 def test_autocast_leaves_wide_inputs_wide(backend):
     """The operator computes in x's dtype: a float32 x is not rounded behind the user's back."""
-    case = strided_case(backend)
-    inputs = make_inputs(case, device=device_of(backend))
-    with torch.autocast(device_of(backend), torch.bfloat16):
-        z = run(case, inputs, backend)
-    assert z.dtype == torch.float32
-    assert_no_worse(z, run_eager(case, inputs), truth_of(case, inputs)["z"])
+
+    def gate(case, inputs):
+        with torch.autocast(device_of(backend), torch.bfloat16):
+            return run(case, inputs, backend)
+
+    seeds = seeds_of(backend)
+    results = assert_gate_no_worse(gate, strided_case(backend), device=device_of(backend), seeds=seeds)
+    assert results[0]["z"].dtype == torch.float32
 
 
 @over_backends(interpreter=False)

@@ -10,22 +10,14 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from support import interpreted
+from support import interpreted, seeds_of
 
-from posmlp_kernels.testing import (
-    Case,
-    assert_no_worse,
-    make_inputs,
-    poisoned_memory,
-    run,
-    run_eager,
-    truth_of,
-    with_gradients,
-)
+from posmlp_kernels.testing import Case, assert_gate_no_worse, run
 
 KERNELS = {
     "softmax_kernel",
@@ -74,10 +66,8 @@ def test_shares_and_wide_indices(case, dtype, monkeypatch):
         triton_launch.Call, "grid", lambda *args: shares.append(grid(*args)[1]) or grid(*args)
     )
 
-    inputs = make_inputs(case, dtype, parameter_dtype=torch.float32)
-    with poisoned_memory():
-        actual = with_gradients(lambda *args: run(*args, "triton"), case, inputs)
-    assert_no_worse(actual, with_gradients(run_eager, case, inputs), truth_of(case, inputs))
+    gate = partial(run, backend="triton")
+    assert_gate_no_worse(gate, case, dtype, parameter_dtype=torch.float32, seeds=seeds_of("triton"))
     assert max(shares) > 1
 
 
