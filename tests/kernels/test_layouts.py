@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from support import device_of, over_backends, skip_if_interpreter_lacks, strided_case
+from support import device_of, over_backends, seeds_of, skip_if_interpreter_lacks, strided_case
 
 from posmlp_kernels.testing import (
     PARAMETERS,
@@ -15,7 +15,6 @@ from posmlp_kernels.testing import (
     find_case,
     make_inputs,
     run,
-    run_eager,
     truth_of,
     with_gradients,
 )
@@ -70,98 +69,111 @@ LAYOUTS = [
 layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)
 
 
-def assert_same(backend, case, inputs, actual):
-    """Not a bit of a compiled back end's results depends on the layout, and no precision of the reference's:
-    its library sums strided tensors in another order."""
+def assert_as_contiguous(backend, view, dtype=torch.float32, case=None, gradients=with_gradients):
+    """What `view(inputs)` puts in place of some inputs gives what contiguous copies of it give.
+
+    Not a bit of a compiled back end's results depends on the layout, and no precision of the reference's:
+    its library sums strided tensors in another order.
+    """
+    case, gate = case or strided_case(backend), partial(run, backend=backend)
+    actual, expected, truth = [], [], []
+    for seed in seeds_of(backend) if backend == "reference" else range(1):
+        inputs = make_inputs(case, dtype, device_of(backend), seed)
+        views = view(inputs)
+        whole = inputs | {name: t.contiguous() for name, t in views.items()}
+        actual.append(gradients(gate, case, inputs | views))
+        expected.append(with_gradients(gate, case, whole))
+        truth.append(truth_of(case, whole))
     if backend == "reference":
-        assert_no_worse(actual, with_gradients(run_eager, case, inputs), truth_of(case, inputs))
+        assert_no_worse(actual, expected, truth)
         return
-    expected = with_gradients(partial(run, backend=backend), case, inputs)
-    for name in actual:
-        assert torch.equal(actual[name], expected[name]), name
-
-
-def assert_as_contiguous(backend, inputs, changed):
-    for name in changed:
-        assert torch.equal(changed[name], inputs[name]), "the layout must not change the values"
-    case = strided_case(backend)
-    assert_same(backend, case, inputs, with_gradients(partial(run, backend=backend), case, inputs | changed))
+    for name, value in actual[0].items():
+        assert torch.equal(value, expected[0][name]), name
 
 
 @layouts
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["x", "dz"])
 @over_backends()
-def test_x(backend, dtype, layout):
+def test_layout(backend, name, dtype, layout):
     skip_if_interpreter_lacks(backend, dtype)
-    case = strided_case(backend)
-    inputs = make_inputs(case, dtype, device_of(backend))
-    x = layout(inputs["x"])
-    assert layout is offset_by_one or x.stride() != inputs["x"].stride()
-    assert_as_contiguous(backend, inputs, {"x": x})
 
+    def view(inputs):
+        changed = layout(inputs[name])
+        assert torch.equal(changed, inputs[name]), "the layout must not change the values"
+        assert layout is offset_by_one or changed.stride() != inputs[name].stride()
+        return {name: changed}
 
-@layouts
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@over_backends()
-def test_dz(backend, dtype, layout):
-    skip_if_interpreter_lacks(backend, dtype)
-    case = strided_case(backend)
-    inputs = make_inputs(case, dtype, device_of(backend))
-    assert_as_contiguous(backend, inputs, {"dz": layout(inputs["dz"])})
+    assert_as_contiguous(backend, view, dtype)
 
 
 @over_backends()
 def test_parameters_are_views(backend):
     """Every parameter sliced out of a NaN buffer, matrices and tables also transposed in storage."""
-    case = replace(find_case("gelu_tanh_norm"), matrix="shared")
-    inputs = make_inputs(case, device=device_of(backend))
-    views = {name: sliced(inputs[name]) for name in PARAMETERS if inputs[name] is not None}
-    views["table"] = inputs["table"].permute(2, 1, 0).contiguous().permute(2, 1, 0)
-    views["matrix"] = inputs["matrix"].T.contiguous().T
-    assert_same(backend, case, inputs, with_gradients(partial(run, backend=backend), case, inputs | views))
+
+    def view(inputs):
+        views = {name: sliced(inputs[name]) for name in PARAMETERS}
+        views["table"] = inputs["table"].permute(2, 1, 0).contiguous().permute(2, 1, 0)
+        views["matrix"] = inputs["matrix"].T.contiguous().T
+        return views
+
+    assert_as_contiguous(backend, view, case=replace(find_case("gelu_tanh_norm"), matrix="shared"))
 
 
+def expanded(name, part):
+    """One part of an input in the place of the whole of it, by strides of 0."""
+
+    def view(inputs):
+        changed = inputs[name][part].expand_as(inputs[name])
+        assert 0 in changed.stride()
+        return {name: changed}
+
+    return view
+
+
+ALL = slice(None)
+FIRST = slice(1)
+
+
+@pytest.mark.parametrize("part", [FIRST, (ALL, ALL, FIRST), (..., FIRST)], ids=["batch", "map", "channels"])
 @over_backends()
-def test_expanded_x(backend):
-    """Stride 0 along the batch and along a map dimension."""
-    case = strided_case(backend)
-    inputs = make_inputs(case, device=device_of(backend))
-    for first in (inputs["x"][:1], inputs["x"][:, :, :1], inputs["x"][..., :1]):
-        x = first.expand_as(inputs["x"])
-        assert 0 in x.stride()
-        assert_as_contiguous(backend, {**inputs, "x": x.contiguous()}, {"x": x})
+def test_expanded_x(backend, part):
+    assert_as_contiguous(backend, expanded("x", part))
 
 
+@pytest.mark.parametrize(
+    "part",
+    [FIRST, (ALL, FIRST), (..., FIRST), (FIRST, FIRST, FIRST, FIRST)],
+    ids=["batch", "map", "channels", "all"],
+)
 @over_backends()
-def test_expanded_parameters(backend):
-    """A table shared by all groups and a constant bias, expanded rather than copied."""
-    case = strided_case(backend)
-    inputs = make_inputs(case, device=device_of(backend))
-    table, bias = inputs["table"][:1].expand_as(inputs["table"]), inputs["bias"][:1].expand_as(inputs["bias"])
-    whole = {**inputs, "table": table.contiguous(), "bias": bias.contiguous()}
-    assert_as_contiguous(backend, whole, {"table": table, "bias": bias})
+def test_expanded_dz(backend, part):
+    assert_as_contiguous(backend, expanded("dz", part))
 
 
+@pytest.mark.parametrize("name", ["table", "bias"])
 @over_backends()
-def test_expanded_dz(backend):
-    case = strided_case(backend)
-    inputs = make_inputs(case, device=device_of(backend))
-    for dz in (inputs["dz"][:1], inputs["dz"][:, :1], inputs["dz"][..., :1], inputs["dz"][:1, :1, :1, :1]):
-        dz = dz.expand_as(inputs["dz"])
-        assert_as_contiguous(backend, {**inputs, "dz": dz.contiguous()}, {"dz": dz})
+def test_expanded_parameters(backend, name):
+    """A table shared by all groups, a constant bias: expanded rather than copied."""
+    assert_as_contiguous(backend, expanded(name, FIRST))
 
 
 @over_backends()
 def test_dz_of_a_sum(backend):
     """`z.sum()` hands back a single one, expanded to z's shape with strides of 0."""
-    case = strided_case(backend)
-    inputs = make_inputs(case, device=device_of(backend))
-    inputs["dz"] = torch.ones_like(inputs["dz"])
-    leaves = {n: t.clone().requires_grad_() for n, t in inputs.items() if t is not None and n != "dz"}
-    z = run(case, {**inputs, **leaves}, backend)
-    z.sum().backward()
-    actual = {"z": z.detach(), **{f"d{name}": leaf.grad for name, leaf in leaves.items()}}
-    assert_same(backend, case, inputs, actual)
+
+    def gradients(gate, case, inputs):
+        def summed(case, inputs):
+            nonlocal z
+            z = gate(case, inputs)
+            return z.sum()
+
+        z = None
+        result = with_gradients(summed, case, inputs | {"dz": None})
+        return result | {"z": z.detach()}
+
+    ones = lambda inputs: {"dz": torch.ones_like(inputs["dz"])}  # noqa: E731
+    assert_as_contiguous(backend, ones, gradients=gradients)
 
 
 @over_backends()
