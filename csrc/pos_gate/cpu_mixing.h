@@ -139,11 +139,14 @@ class Mixing {
       after /= entries;
       b_.row.assign(before * box[d] * after, 0.);
       for (int64_t a = 0; a < before; ++a)
-        for (int64_t query = 0; query < box[d]; ++query) {
-          double* to = &b_.row[(a * box[d] + query) * after];
-          const double* from = &b_.sums[(a * entries + size[d] - 1 - query) * after];
-          for (int64_t key = 0; key < box[d]; ++key, from += after)
-            for (int64_t c = 0; c < after; ++c) to[c] += from[c];
+        for (int64_t key = 0; key < box[d]; ++key) {  // innermost runs what is long: the queries of the last dimension
+          const double* from = &b_.sums[(a * entries + size[d] - 1 + key) * after];
+          double* to = &b_.row[a * box[d] * after];
+          if (after == 1)
+            for (int64_t query = 0; query < box[d]; ++query) to[query] += from[-query];
+          else
+            for (int64_t query = 0; query < box[d]; ++query)
+              for (int64_t c = 0; c < after; ++c) to[query * after + c] += from[c - query * after];
         }
       before *= box[d];
       b_.sums.swap(b_.row);
