@@ -16,10 +16,11 @@ using Pieces = std::vector<Piece>;
 struct Window {
   WindowClass cls;
   int64_t tokens;
-  std::vector<int64_t> index, x, dz, z, dx, token;
+  std::vector<int64_t> index, place, x, dz, z, dx, token;
 
   Window(const Call& call, const WindowClass& c, const View& z_view, const View& dx_view, const View& token_view)
-      : cls(c), tokens(c.tokens()), index(c.token_indices(call.shape)), x(c.token_offsets(call.x_view)),
+      : cls(c), tokens(c.tokens()), index(c.token_indices(call.shape)),
+        place(c.token_offsets(call.shape.table_view())), x(c.token_offsets(call.x_view)),
         dz(c.token_offsets(call.dz_view)), z(c.token_offsets(z_view)), dx(c.token_offsets(dx_view)),
         token(c.token_offsets(token_view)) {}
 };

@@ -1,6 +1,6 @@
 // The mixing matrix P of one group and window class, packed for the products, and the way back from its gradient.
 //
-// Token i of a window sits at place(i) in the table's strides, so the table entry of query i and key j is
+// Token i of a window sits at place(i) in the strides of the table, so the table entry of query i and key j is
 // centre + place(j) - place(i). Without a free matrix, P(i, j) = weight(entry) * scale(i): weight is the table itself, or
 // e^(R - max R) with scale one over the row's sum under softmax. One exponential per table entry serves all N rows; that
 // few can be had in double, and must: an error in one would be the same in every row, and gradients of the table, which
@@ -16,7 +16,6 @@
 template <class A>
 struct MixingBuffers {
   std::vector<double> weight, flipped, peak, flipped_peak, scale, row, sums;
-  std::vector<int64_t> place;
   std::vector<A> dense;
 };
 
@@ -28,11 +27,7 @@ class Mixing {
   void prepare(const Window& window, int64_t group) {
     window_ = &window;
     table_ = at_group(call_.table, group, shape_.table_size());
-    stride_[2] = 1;
-    stride_[1] = 2 * shape_.window[2] - 1;
-    stride_[0] = (2 * shape_.window[1] - 1) * stride_[1];
-    centre_ = (shape_.window[0] - 1) * stride_[0] + (shape_.window[1] - 1) * stride_[1] + shape_.window[2] - 1;
-    find_places();
+    centre_ = shape_.table_size() / 2;
     negligible_ = call_.softmax ? double(std::numeric_limits<A>::epsilon()) / 128 / double(window.tokens) : 0;
     factored_ = table_ && !call_.matrix && weigh_table() && scale_rows();
     if (factored_) find_peaks();
@@ -77,21 +72,29 @@ class Mixing {
 
   // ---- the table ----
 
-  void find_places() {
-    const int64_t* box = window_->cls.box;
-    b_.place.clear();
-    for (int64_t p0 = 0; p0 < box[0]; ++p0)
-      for (int64_t p1 = 0; p1 < box[1]; ++p1)
-        for (int64_t p2 = 0; p2 < box[2]; ++p2) b_.place.push_back(p0 * stride_[0] + p1 * stride_[1] + p2);
-  }
-
   // Calls `run(key, entry, count)` for each run of keys whose entries for query i lie side by side.
   template <class Run>
   void for_each_run(int64_t i, Run&& run) const {
-    const int64_t *box = window_->cls.box, first = centre_ - b_.place[i];
+    const int64_t *box = window_->cls.box, first = centre_ - window_->place[i];
     int64_t key = 0;
     for (int64_t j0 = 0; j0 < box[0]; ++j0)
-      for (int64_t j1 = 0; j1 < box[1]; ++j1, key += box[2]) run(key, first + b_.place[key], box[2]);
+      for (int64_t j1 = 0; j1 < box[1]; ++j1, key += box[2]) run(key, first + window_->place[key], box[2]);
+  }
+
+  static A largest_of(const A* values, int64_t count) {
+    constexpr int kLanes = VectorOf<A>::kLanes;
+    A largest = values[0];
+    if (count >= kLanes) {
+      Vec<A> vector = load<A>(values + count - kLanes);
+      for (int64_t i = 0; i + kLanes <= count; i += kLanes) {
+        const Vec<A> next = load<A>(values + i);
+        vector = next > vector ? next : vector;
+      }
+      for (int l = 0; l < kLanes; ++l) largest = vector[l] > largest ? vector[l] : largest;
+      return largest;
+    }
+    for (int64_t i = 1; i < count; ++i) largest = values[i] > largest ? values[i] : largest;
+    return largest;
   }
 
   bool weigh_table() {
@@ -101,9 +104,8 @@ class Mixing {
       for (int64_t e = 0; e < size; ++e) b_.weight[e] = double(table_[e]);
       return true;
     }
-    A maximum = table_[0];
-    for (int64_t e = 1; e < size; ++e) maximum = table_[e] > maximum ? table_[e] : maximum;
-    for (int64_t e = 0; e < size; ++e) b_.weight[e] = double(table_[e]) - double(maximum);
+    const double maximum = double(largest_of(table_, size));
+    for (int64_t e = 0; e < size; ++e) b_.weight[e] = double(table_[e]) - maximum;
     for (int64_t e = 0; e < size; e += kDoubles)
       store<double>(&b_.weight[e], exponential(load<double>(&b_.weight[e])));
     std::fill(b_.weight.begin() + size, b_.weight.end(), 0.);
@@ -137,11 +139,14 @@ class Mixing {
       after /= entries;
       b_.row.assign(before * box[d] * after, 0.);
       for (int64_t a = 0; a < before; ++a)
-        for (int64_t query = 0; query < box[d]; ++query) {
-          double* to = &b_.row[(a * box[d] + query) * after];
-          const double* from = &b_.sums[(a * entries + size[d] - 1 - query) * after];
-          for (int64_t key = 0; key < box[d]; ++key, from += after)
-            for (int64_t c = 0; c < after; ++c) to[c] += from[c];
+        for (int64_t key = 0; key < box[d]; ++key) {  // innermost runs what is long: the queries of the last dimension
+          const double* from = &b_.sums[(a * entries + size[d] - 1 + key) * after];
+          double* to = &b_.row[a * box[d] * after];
+          if (after == 1)
+            for (int64_t query = 0; query < box[d]; ++query) to[query] += from[-query];
+          else
+            for (int64_t query = 0; query < box[d]; ++query)
+              for (int64_t c = 0; c < after; ++c) to[query * after + c] += from[c - query * after];
         }
       before *= box[d];
       b_.sums.swap(b_.row);
@@ -156,21 +161,20 @@ class Mixing {
     const int64_t size = shape_.table_size();
     make_room(b_.flipped, size);
     for (int64_t e = 0; e < size; ++e) b_.flipped[e] = b_.weight[size - 1 - e];
-    const auto peaks = [&](const std::vector<double>& from, std::vector<double>& to) {
-      make_room(to, size);
-      for (int64_t e = 0; e < size; e += kDoubles) {
-        DoubleVec largest{};
-        for (int r = 0; r < kTileRows && e + r < size; ++r) {
-          const DoubleVec value = load<double>(&from[e + r]);
-          DoubleVec magnitude = value < 0. ? -value : value;
-          magnitude = value == value ? magnitude : fill(std::numeric_limits<double>::infinity());
-          largest = magnitude > largest ? magnitude : largest;
-        }
-        store<double>(&to[e], largest);
+    const auto find = [&](const std::vector<double>& from, std::vector<double>& peaks) {
+      peaks.resize(from.size());
+      for (size_t e = 0; e < from.size(); ++e)  // NaN is to be seen
+        peaks[e] = from[e] == from[e] ? std::abs(from[e]) : std::numeric_limits<double>::infinity();
+      // Of two entries, then of four and so on: runs may overlap.
+      for (int64_t run = 1; run < kTileRows;) {
+        const int64_t step = std::min<int64_t>(run, kTileRows - run);
+        for (int64_t e = 0; e + step < int64_t(peaks.size()); ++e)
+          peaks[e] = peaks[e + step] > peaks[e] ? peaks[e + step] : peaks[e];
+        run += step;
       }
     };
-    peaks(b_.weight, b_.peak);
-    peaks(b_.flipped, b_.flipped_peak);
+    find(b_.weight, b_.peak);
+    find(b_.flipped, b_.flipped_peak);
   }
 
   // ---- packing ----
@@ -183,7 +187,7 @@ class Mixing {
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t first = tile * kTileRows, rows = std::min<int64_t>(kTileRows, tokens - first);
       const bool side_by_side =
-          rows == kTileRows && b_.place[first + rows - 1] == b_.place[first] + rows - 1 && factored_;
+          rows == kTileRows && window_->place[first + rows - 1] == window_->place[first] + rows - 1 && factored_;
       entries = side_by_side ? pack_run<kRows>(packed, entries, first) : pack_tile<kRows>(packed, entries, first, rows);
       if (entries == packed.begin.back()) {  // a tile has at least one
         std::fill_n(&packed.weights[entries * kTileRows], kTileRows, A(0));
@@ -200,9 +204,9 @@ class Mixing {
     const double* weight = kRows ? b_.flipped.data() : b_.weight.data();
     const double* peak = kRows ? b_.flipped_peak.data() : b_.peak.data();
     const double largest = kRows ? *std::max_element(&b_.scale[first], &b_.scale[first] + kTileRows) : 1;
-    const int64_t origin = centre_ + b_.place[first];
+    const int64_t origin = centre_ + window_->place[first];
     for (int64_t k = 0; k < window_->tokens; ++k) {
-      const int64_t at = origin - b_.place[k];
+      const int64_t at = origin - window_->place[k];
       if (!(peak[at] * (kRows ? largest : b_.scale[k]) > negligible_)) continue;
       A* to = &packed.weights[entries * kTileRows];
       for (int r = 0; r < kTileRows; r += kDoubles)
@@ -229,7 +233,7 @@ class Mixing {
   }
 
   double weight_of(int64_t i, int64_t j) const {
-    return factored_ ? b_.weight[centre_ + b_.place[j] - b_.place[i]] * b_.scale[i]
+    return factored_ ? b_.weight[centre_ + window_->place[j] - window_->place[i]] * b_.scale[i]
                      : double(b_.dense[i * window_->tokens + j]);
   }
 
@@ -303,7 +307,7 @@ class Mixing {
   MixingBuffers<A>& b_;
   const Window* window_ = nullptr;
   const A* table_ = nullptr;  // of the group at hand
-  int64_t stride_[kRank] = {0, 0, 0}, centre_ = 0;
+  int64_t centre_ = 0;
   double negligible_ = 0;
   bool factored_ = false;
 };

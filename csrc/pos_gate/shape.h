@@ -38,6 +38,11 @@ struct Shape {
   int64_t map_tokens() const { return map[0] * map[1] * map[2]; }
   int64_t table_size() const { return (2 * window[0] - 1) * (2 * window[1] - 1) * (2 * window[2] - 1); }
 
+  // Displacements in a relative table.
+  View table_view() const {
+    return {0, {(2 * window[1] - 1) * (2 * window[2] - 1), 2 * window[2] - 1, 1}};
+  }
+
   // A contiguous tensor [B, *map, width].
   View contiguous(int64_t width) const {
     return {map_tokens() * width, {map[1] * map[2] * width, map[2] * width, width}};

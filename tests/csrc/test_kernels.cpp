@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <ctime>
 #include <random>
 #include <string>
 #include <vector>
@@ -40,8 +41,9 @@ Problem<A> random_problem() {
   s.groups = pick(1, 3);
   s.channels = s.groups * (pick(0, 3) ? pick(1, 30) : pick(90, 200));
   for (int d = pick(0, 2); d < kRank; ++d) {
-    s.map[d] = pick(1, d == 0 ? 4 : 9);
-    s.window[d] = pick(1, d == 0 ? 3 : 6);
+    const bool long_rows = d == 2 && pick(0, 2) == 0;  // so long that a tile of rows fits in
+    s.map[d] = pick(1, d == 0 ? 4 : long_rows ? 30 : 9);
+    s.window[d] = pick(1, d == 0 ? 3 : long_rows ? 17 : 6);
     s.shift[d] = pick(0, s.window[d] - 1);
   }
   p.softmax = pick(0, 1);
@@ -71,15 +73,15 @@ double activate(Activation activation, double x) {
 
 // z by the definition: token by token, in double.
 template <class A>
-std::vector<double> definition(const Problem<A>& p, const std::vector<A>& x) {
+std::vector<double> definition(const Problem<A>& p) {
   const Shape& s = p.shape;
   const int64_t tokens = s.batch * s.map_tokens(), C = s.channels, D = s.group_channels(), n = s.window_tokens();
   std::vector<double> x1(tokens * C), x2(tokens * C), z(tokens * C);
   for (int64_t t = 0; t < tokens; ++t) {
     double mean = 0, variance = 0;
     for (int64_t c = 0; c < C; ++c) {
-      x1[t * C + c] = activate(p.activation, double(x[t * 2 * C + c]));
-      x2[t * C + c] = activate(p.activation, double(x[t * 2 * C + C + c]));
+      x1[t * C + c] = activate(p.activation, double(p.x[t * 2 * C + c]));
+      x2[t * C + c] = activate(p.activation, double(p.x[t * 2 * C + C + c]));
       mean += x1[t * C + c] / C;
     }
     for (int64_t c = 0; c < C; ++c) variance += (x1[t * C + c] - mean) * (x1[t * C + c] - mean) / C;
@@ -183,35 +185,55 @@ Results<A> run(const Problem<A>& p, const Kernels& kernels, int64_t splits) {
   return r;
 }
 
-// The gradient is tested by its meaning: <dz, z(x + h v) - z(x - h v)> / 2h = <dx, v>, in double.
-bool gradient_holds(const Problem<double>& p, const Results<double>& r) {
-  const auto v = random_values<double>(p.x.size());
+// The gradients are tested by their meaning, all at once: <dz, z(p + h v) - z(p - h v)> / 2h = <gradients, v>, in double.
+bool gradients_hold(const Problem<double>& p, const Results<double>& r, int64_t splits) {
   const double h = 1e-6;
-  auto above = p.x, below = p.x;
-  for (size_t i = 0; i < v.size(); ++i) above[i] += h * v[i], below[i] -= h * v[i];
-  const auto z_above = definition(p, above), z_below = definition(p, below);
-  double change = 0, predicted = 0, scale = 1;
+  auto above = p, below = p;
+  double predicted = 0, scale = 1;
+  // `parts` partial gradients for each of the parameter's `pieces`
+  const auto move = [&](std::vector<double> Problem<double>::*member, const std::vector<double>& gradient, int64_t parts,
+                        int64_t pieces) {
+    if (gradient.empty()) return;
+    const auto v = random_values<double>((p.*member).size());
+    const int64_t size = int64_t(v.size()) / pieces;
+    for (size_t i = 0; i < v.size(); ++i) (above.*member)[i] += h * v[i], (below.*member)[i] -= h * v[i];
+    for (int64_t piece = 0; piece < pieces; ++piece)
+      for (int64_t part = 0; part < parts; ++part)
+        for (int64_t i = 0; i < size; ++i) {
+          const double term = gradient[(piece * parts + part) * size + i] * v[piece * size + i];
+          predicted += term, scale += std::fabs(term);
+        }
+  };
+  const int64_t groups = p.shape.groups, norm_blocks = std::min<int64_t>(p.shape.batch * p.shape.map_tokens(), 3);
+  move(&Problem<double>::x, r.dx, 1, 1);
+  move(&Problem<double>::table, r.dtable, splits, groups);
+  move(&Problem<double>::matrix, r.dmatrix, p.matrix_per_group ? splits : groups * splits, p.matrix_per_group ? groups : 1);
+  move(&Problem<double>::bias, r.dbias, groups * splits, 1);
+  move(&Problem<double>::norm_weight, r.dnorm_weight, norm_blocks, 1);
+  move(&Problem<double>::norm_bias, r.dnorm_bias, norm_blocks, 1);
+  const auto z_above = definition(above), z_below = definition(below);
+  double change = 0;
   for (size_t i = 0; i < p.dz.size(); ++i) change += p.dz[i] * (z_above[i] - z_below[i]) / (2 * h);
-  for (size_t i = 0; i < v.size(); ++i) predicted += r.dx[i] * v[i], scale += std::fabs(r.dx[i] * v[i]);
   return std::fabs(change - predicted) <= 1e-6 * scale;
 }
 
 template <class A>
-bool check(const Problem<A>& p, const Kernels& kernels) {
-  const auto expected = definition(p, p.x);
-  const auto results = run(p, kernels, pick(1, 3));
+bool check(const Problem<A>& p, const Kernels& kernels, uint64_t seed) {
+  const int64_t splits = pick(1, 3);
+  const auto expected = definition(p);
+  const auto results = run(p, kernels, splits);
   double error = 0, scale = 1e-3;
   for (size_t i = 0; i < expected.size(); ++i) {
     error = std::max(error, std::fabs(expected[i] - double(results.z[i])));
     scale = std::max(scale, std::fabs(expected[i]));
   }
   bool right = error <= scale * (sizeof(A) == 8 ? 1e-12 : 2e-5);
-  if constexpr (sizeof(A) == 8) right = right && gradient_holds(p, results);
+  if constexpr (sizeof(A) == 8) right = right && gradients_hold(p, results, splits);
   for (double gradient : results.dx) right = right && std::isfinite(gradient);
   if (!right) {
     const Shape& s = p.shape;
-    std::printf("FAILED %s float%d: map %d %d %d window %d %d %d shift %d %d %d C %d S %d error %g of %g\n",
-                kernels.name, int(8 * sizeof(A)), int(s.map[0]), int(s.map[1]), int(s.map[2]), int(s.window[0]),
+    std::printf("FAILED %s float%d seed %llu: map %d %d %d window %d %d %d shift %d %d %d C %d S %d error %g of %g\n",
+                kernels.name, int(8 * sizeof(A)), (unsigned long long)seed, int(s.map[0]), int(s.map[1]), int(s.map[2]), int(s.window[0]),
                 int(s.window[1]), int(s.window[2]), int(s.shift[0]), int(s.shift[1]), int(s.shift[2]), int(s.channels),
                 int(s.groups), error, scale);
   }
@@ -220,14 +242,17 @@ bool check(const Problem<A>& p, const Kernels& kernels) {
 
 }  // namespace
 
+// test_kernels [first seed] [seconds]: 60 random problems, or as many as there is time for.
 int main(int argc, char** argv) {
-  const int cases = argc > 1 ? std::atoi(argv[1]) : 60;
+  const uint64_t first = argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 0;
+  const double seconds = argc > 2 ? std::atof(argv[2]) : 0;
+  const std::time_t start = std::time(nullptr);
   int passed = 0, failed = 0;
-  for (const Kernels* kernels : kernels_of_this_processor())
-    for (int i = 0; i < cases; ++i) {
-      generator.seed(i);
-      ++(check(random_problem<double>(), *kernels) ? passed : failed);
-      ++(check(random_problem<float>(), *kernels) ? passed : failed);
+  for (uint64_t seed = first; seconds > 0 ? std::difftime(std::time(nullptr), start) < seconds : seed < first + 60; ++seed)
+    for (const Kernels* kernels : kernels_of_this_processor()) {
+      generator.seed(seed);
+      ++(check(random_problem<double>(), *kernels, seed) ? passed : failed);
+      ++(check(random_problem<float>(), *kernels, seed) ? passed : failed);
     }
   std::printf("%d passed, %d failed\n", passed, failed);
   return failed != 0;
