@@ -84,7 +84,8 @@ class Wanted {
 
 // to[k - first, :] for the tokens first <= k < last; columns beyond the pieces are left alone.
 template <class U, class A>
-__attribute__((noinline)) void load_rows(const Map<const U>& map, const Pieces& pieces, int64_t first, int64_t last, A* to) {
+__attribute__((noinline)) void load_rows(const Map<const U>& map, const Pieces& pieces, int64_t first, int64_t last,
+                                         A* to) {
   const int64_t* offset = &map.offset[first];
   for (const Piece& piece : pieces) {
     const U* rows = map.data + piece.*map.origin + piece.channel;
@@ -97,7 +98,8 @@ __attribute__((noinline)) void load_rows(const Map<const U>& map, const Pieces& 
   }
 }
 template <class U, class A>
-__attribute__((noinline)) void store_rows(const A* from, const Map<U>& map, const Pieces& pieces, int64_t first, int64_t last) {
+__attribute__((noinline)) void store_rows(const A* from, const Map<U>& map, const Pieces& pieces, int64_t first,
+                                          int64_t last) {
   const int64_t* offset = &map.offset[first];
   for (const Piece& piece : pieces) {
     U* rows = map.data + piece.*map.origin + piece.channel;

@@ -66,7 +66,7 @@ class Gate {
         dx_view_(shape_.contiguous(2 * shape_.channels)), token_view_(shape_.contiguous(1)),
         workspace_(Workspace<A>::of_thread()), mixing_(call, workspace_.mixing) {
     for (const auto& cls : window_classes(shape_)) {
-      windows_.emplace_back(call_, cls, shape_.contiguous(shape_.channels), shape_.contiguous(2 * shape_.channels), shape_.contiguous(1));
+      windows_.emplace_back(call_, cls, z_view_, dx_view_, token_view_);
       most_tokens_ = std::max(most_tokens_, cls.tokens());
     }
     ld_ = round_up(round_up(most_tokens_, kTileRows), kLanes);
@@ -75,97 +75,115 @@ class Gate {
 
   void forward(int64_t first_unit, int64_t last_unit) {
     Allotment<A> allot(workspace_.storage, ld_ * kPanel + 3 * kTile, 4);
-    A *x1 = allot.take(ld_ * kPanel), *x2 = allot.take(kTile);
-    take_outbox(allot);
+    take(allot, {{&x1_, ld_ * kPanel}, {&x2_, kTile}, {&y_, kTile}, {&done_, kTile}});
     for (int64_t unit = first_unit; unit < last_unit; ++unit)
       for_each_class(unit, [&](const Window& window, int64_t first, int64_t last) {
         mixing_.pack_rows(workspace_.rows);
-        const auto x2_map = x_map(window, shape_.channels);
-        const Map<T> z_map{static_cast<T*>(call_.z) + first_channel(), &Piece::z, window.z};
         for_each_panel(window, first, last, [&](int64_t, int64_t columns) {
-          if (columns < kPanel) clear({{x1, ld_ * kPanel}, {x2, kTile}});
-          load_x1(window, x1, nullptr);
-          multiply_panel(
-              window, workspace_.rows, x1, columns, z_map,
-              [&](int64_t from, int64_t to, int64_t next) {
-                load_rows(x2_map, pieces_, from, to, x2);
-                wanted_.add(x2_map, pieces_, to, next);
-                wanted_.add(x_map(window, 0), next_pieces_, from, to);
-              },
-              [&](int64_t from, int64_t to, A* y) {
-                activate<A>(call_.activation, x2, nullptr, (to - from) * kPanel);
-                gate(window, from, to, x2, y);
-              });
+          if (columns < kPanel) clear({{x1_, ld_ * kPanel}, {x2_, kTile}});
+          load_x1(window, nullptr);
+          forward_panel(window, columns);
         });
       });
   }
 
   void backward(int64_t first_unit, int64_t last_unit) {
-    const bool mixing = call_.dtable_parts || call_.dmatrix_parts, active = call_.activation != Activation::none;
+    const bool mixing = call_.dtable_parts || call_.dmatrix_parts;
     const int64_t panel = ld_ * kPanel, matrix = mixing ? ld_ * ld_ : 0;
     Allotment<A> allot(workspace_.storage, (2 + 2 * kPanels) * panel + 5 * kTile + matrix + ld_ * kLanes, 11);
-    A *x1 = allot.take(panel), *slope1 = allot.take(panel), *du = allot.take(kPanels * panel);
-    A* x1_columns = allot.take(kPanels * panel);  // X1 with tokens side by side
-    A *x2 = allot.take(kTile), *slope2 = allot.take(kTile), *dz = allot.take(kTile), *dp = allot.take(matrix);
-    take_outbox(allot);
-    bias_sums_ = allot.take(ld_ * kLanes);
+    take(allot, {{&x1_, panel}, {&slope1_, panel}, {&du_, kPanels * panel}, {&x1_columns_, kPanels * panel}});
+    take(allot, {{&x2_, kTile}, {&slope2_, kTile}, {&dz_, kTile}, {&y_, kTile}, {&done_, kTile}});
+    take(allot, {{&dp_, matrix}, {&bias_sums_, ld_ * kLanes}});
     for (int64_t unit = first_unit; unit < last_unit; ++unit) {
       clear_parts(unit);
       for_each_class(unit, [&](const Window& window, int64_t first, int64_t last) {
         mixing_.pack_rows(workspace_.rows);
         mixing_.pack_columns(workspace_.columns);
         if (mixing) find_active(window);
-        clear({{dp, matrix}, {bias_sums_, ld_ * kLanes}});
-        const auto x2_map = x_map(window, shape_.channels);
-        const Map<const T> dz_map{static_cast<const T*>(call_.dz) + first_channel(), &Piece::dz, window.dz};
-        T* dx = static_cast<T*>(call_.dx) + first_channel();
-        const Map<T> dx1_map{dx, &Piece::dx, window.dx}, dx2_map{dx + shape_.channels, &Piece::dx, window.dx};
-        const Map<A> normed_map{static_cast<A*>(call_.dx_normed) + first_channel(), &Piece::z, window.z};
+        clear({{dp_, matrix}, {bias_sums_, ld_ * kLanes}});
         for_each_panel(window, first, last, [&](int64_t index, int64_t columns) {
           const int64_t slot = index % kPanels;
-          A* du_panel = du + slot * panel;
-          if (columns < kPanel) clear({{x1, panel}, {du_panel, panel}, {x2, kTile}, {dz, kTile}});
-          load_x1(window, x1, slope1);
-          multiply_panel(
-              window, workspace_.rows, x1, columns, dx2_map,
-              [&](int64_t from, int64_t to, int64_t next) {
-                load_rows(x2_map, pieces_, from, to, x2);
-                load_rows(dz_map, pieces_, from, to, dz);
-                wanted_.add(x2_map, pieces_, to, next);
-                wanted_.add(dz_map, pieces_, to, next);
-              },
-              [&](int64_t from, int64_t to, A* y) {
-                const int64_t count = (to - from) * kPanel;
-                activate(call_.activation, x2, slope2, count);
-                gate(window, from, to, dz, y);
-                if (active) product(count, y, slope2, y);
-                product(count, dz, x2, du_panel + from * kPanel);
-                if (call_.dbias_parts) add_bias_gradient(from, to, du_panel);
-              });
-          const auto before = [&](int64_t from, int64_t to, int64_t) {
-            wanted_.add(x_map(window, 0), next_pieces_, from, to);
-          };
-          const auto after = [&](int64_t from, int64_t to, A* y) {
-            if (active && !call_.norm_weight) product((to - from) * kPanel, y, slope1 + from * kPanel, y);
-          };
-          if (call_.norm_weight)
-            multiply_panel(window, workspace_.columns, du_panel, columns, normed_map, before, after);
-          else
-            multiply_panel(window, workspace_.columns, du_panel, columns, dx1_map, before, after);
+          A* du = du_ + slot * panel;
+          if (columns < kPanel) clear({{x1_, panel}, {du, panel}, {x2_, kTile}, {dz_, kTile}});
+          load_x1(window, slope1_);
+          backward_panel_to_x2(window, columns, du);
+          backward_panel_to_x1(window, columns, du);
           if (!mixing) return;
-          transpose(x1, kPanel, x1_columns + slot * kPanel * ld_, ld_, round_up(window.tokens, kLanes), kPanel);
-          if (slot + 1 == kPanels || next_pieces_.empty())
-            for_each_tile(window, [&](int64_t tile, int64_t from, int64_t) {
-              add_outer(du + from * kPanel, panel, slot + 1, x1_columns, active_[tile], dp + from * ld_, ld_);
-            });
+          transpose(x1_, kPanel, x1_columns_ + slot * kPanel * ld_, ld_, round_up(window.tokens, kLanes), kPanel);
+          if (slot + 1 == kPanels || next_pieces_.empty()) add_mixing_gradient(window, slot + 1);
         });
-        if (mixing) mixing_.add_gradient(unit, dp, ld_);
+        if (mixing) mixing_.add_gradient(unit, dp_, ld_);
         if (call_.dbias_parts) store_bias_gradient(window, unit);
       });
     }
   }
 
  private:
+  // ---- the work on a panel ----
+
+  // Z = (P X1 + b) * X2
+  void forward_panel(const Window& window, int64_t columns) {
+    const auto x2_map = x_map(window, shape_.channels);
+    const Map<T> z_map{static_cast<T*>(call_.z) + first_channel(), &Piece::z, window.z};
+    multiply_panel(
+        window, workspace_.rows, x1_, columns, z_map,
+        [&](int64_t from, int64_t to, int64_t next) {
+          load_rows(x2_map, pieces_, from, to, x2_);
+          wanted_.add(x2_map, pieces_, to, next);
+          wanted_.add(x_map(window, 0), next_pieces_, from, to);
+        },
+        [&](int64_t from, int64_t to, A* y) {
+          activate<A>(call_.activation, x2_, nullptr, (to - from) * kPanel);
+          gate(window, from, to, x2_, y);
+        });
+  }
+
+  // dX2 = dZ * (P X1 + b), and dU = dZ * X2 into `du`.
+  void backward_panel_to_x2(const Window& window, int64_t columns, A* du) {
+    const auto x2_map = x_map(window, shape_.channels);
+    const Map<const T> dz_map{static_cast<const T*>(call_.dz) + first_channel(), &Piece::dz, window.dz};
+    multiply_panel(
+        window, workspace_.rows, x1_, columns, dx_map(window, shape_.channels),
+        [&](int64_t from, int64_t to, int64_t next) {
+          load_rows(x2_map, pieces_, from, to, x2_);
+          load_rows(dz_map, pieces_, from, to, dz_);
+          wanted_.add(x2_map, pieces_, to, next);
+          wanted_.add(dz_map, pieces_, to, next);
+        },
+        [&](int64_t from, int64_t to, A* y) {
+          const int64_t count = (to - from) * kPanel;
+          activate(call_.activation, x2_, slope2_, count);
+          gate(window, from, to, dz_, y);
+          if (call_.activation != Activation::none) product(count, y, slope2_, y);
+          product(count, dz_, x2_, du + from * kPanel);
+          if (call_.dbias_parts) add_bias_gradient(from, to, du);
+        });
+  }
+
+  // dX1 = P^T dU; what the norm's gradient starts from where there is one.
+  void backward_panel_to_x1(const Window& window, int64_t columns, const A* du) {
+    const auto before = [&](int64_t from, int64_t to, int64_t) {
+      wanted_.add(x_map(window, 0), next_pieces_, from, to);
+    };
+    if (call_.norm_weight) {
+      const Map<A> map{static_cast<A*>(call_.dx_normed) + first_channel(), &Piece::z, window.z};
+      multiply_panel(window, workspace_.columns, du, columns, map, before, [](int64_t, int64_t, A*) {});
+    } else {
+      multiply_panel(window, workspace_.columns, du, columns, dx_map(window, 0), before,
+                     [&](int64_t from, int64_t to, A* y) {
+                       if (call_.activation != Activation::none)
+                         product((to - from) * kPanel, y, slope1_ + from * kPanel, y);
+                     });
+    }
+  }
+
+  // dP += dU X1^T over the last panels.
+  void add_mixing_gradient(const Window& window, int64_t panels) {
+    for_each_tile(window, [&](int64_t tile, int64_t from, int64_t) {
+      add_outer(du_ + from * kPanel, ld_ * kPanel, panels, x1_columns_, active_[tile], dp_ + from * ld_, ld_);
+    });
+  }
+
   // ---- units, classes, panels, tiles ----
 
   // Calls `work(window, first, last)` with a unit's columns of each window class, and the mixing matrix prepared.
@@ -221,9 +239,8 @@ class Gate {
       if (to == window.tokens) store_rows(done_, out, pieces_, from, to);
     });
   }
-  void take_outbox(Allotment<A>& allot) {
-    y_ = allot.take(kTile);
-    done_ = allot.take(kTile);
+  static void take(Allotment<A>& allot, std::initializer_list<std::pair<A**, int64_t>> buffers) {
+    for (const auto& [buffer, count] : buffers) *buffer = allot.take(count);
   }
 
   // Where the columns from <= q < to lie.
@@ -252,16 +269,20 @@ class Gate {
     return {static_cast<const T*>(call_.x) + first_channel() + channel, &Piece::x, window.x};
   }
 
+  Map<T> dx_map(const Window& window, int64_t channel) const {
+    return {static_cast<T*>(call_.dx) + first_channel() + channel, &Piece::dx, window.dx};
+  }
+
   static void clear(std::initializer_list<std::pair<A*, int64_t>> buffers) {
     for (const auto& [buffer, count] : buffers) std::fill(buffer, buffer + count, A(0));
   }
 
   // ---- what happens to a panel and to a tile ----
 
-  void load_x1(const Window& window, A* x1, A* slopes) const {
+  void load_x1(const Window& window, A* slopes) const {
     const auto map = x_map(window, 0);
     for_each_tile(window, [&](int64_t, int64_t from, int64_t to) {
-      A* rows = x1 + from * kPanel;
+      A* rows = x1_ + from * kPanel;
       load_rows(map, pieces_, from, to, rows);
       activate(call_.activation, rows, slopes ? slopes + from * kPanel : nullptr, (to - from) * kPanel);
       if (call_.norm_weight) normalise(window, from, to, rows);
@@ -320,7 +341,8 @@ class Gate {
   }
   void store_bias_gradient(const Window& window, int64_t unit) const {
     A* part = static_cast<A*>(call_.dbias_parts) + unit * shape_.window_tokens();
-    for (int64_t k = 0; k < window.tokens; ++k) part[window.index[k]] += A(sum_lanes<A>(load<A>(bias_sums_ + k * kLanes)));
+    for (int64_t k = 0; k < window.tokens; ++k)
+      part[window.index[k]] += A(sum_lanes<A>(load<A>(bias_sums_ + k * kLanes)));
   }
 
   void clear_parts(int64_t unit) {
@@ -343,7 +365,10 @@ class Gate {
   Pieces pieces_, next_pieces_;  // of the panel at hand and of the one after it
   Wanted wanted_;
   std::vector<std::vector<int32_t>> active_;
-  A *y_ = nullptr, *done_ = nullptr;  // the tile at hand, and the one before it
-  A* bias_sums_ = nullptr;  // [tokens, lanes] of the window class at hand
+  // Panels [tokens, kPanel], and kPanels of them for dP: dU, and X1 with tokens side by side.
+  A *x1_ = nullptr, *slope1_ = nullptr, *du_ = nullptr, *x1_columns_ = nullptr;
+  // Tiles [kTileRows, kPanel]; y is the one at hand, done the one before it.
+  A *x2_ = nullptr, *slope2_ = nullptr, *dz_ = nullptr, *y_ = nullptr, *done_ = nullptr;
+  A *dp_ = nullptr, *bias_sums_ = nullptr;  // [tokens, tokens] and [tokens, lanes] of the window class at hand
   int64_t most_tokens_ = 0, ld_ = 0, group_ = 0;
 };

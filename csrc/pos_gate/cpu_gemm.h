@@ -25,7 +25,8 @@ struct Packed {
 // to[r, :] = sum over the tile's entries of weight[r] * from[row, :]; both have rows of kPanel. Meanwhile the wanted cache
 // lines are asked for.
 template <class A, int kVectors>
-__attribute__((noinline)) void multiply_tile(const Packed<A>& packed, int64_t tile, const A* from, A* to, Wanted& wanted) {
+__attribute__((noinline)) void multiply_tile(const Packed<A>& packed, int64_t tile, const A* from, A* to,
+                                             Wanted& wanted) {
   constexpr int kLanes = VectorOf<A>::kLanes, kPanel = kTileVectors * kLanes;
   Vec<A> sums[kTileRows][kVectors];
   for (int r = 0; r < kTileRows; ++r)
@@ -60,8 +61,8 @@ static_assert(kTileVectors == 3);
 // The outer product that is dP: to[r, at[v] + lane] += sum over columns c of left[r, c] * right[c, at[v] + lane].
 // left has rows of kPanel and `panels` panels `left_step` apart; right has rows of ld; so does to.
 template <class A, int kVectors>
-__attribute__((noinline)) void add_outer_tile(const A* left, int64_t left_step, int64_t panels, const A* right, const int32_t* at, A* to,
-                           int64_t ld) {
+__attribute__((noinline)) void add_outer_tile(const A* left, int64_t left_step, int64_t panels, const A* right,
+                                              const int32_t* at, A* to, int64_t ld) {
   constexpr int kLanes = VectorOf<A>::kLanes, kPanel = kTileVectors * kLanes;
   Vec<A> sums[kTileRows][kVectors];
   for (int r = 0; r < kTileRows; ++r)

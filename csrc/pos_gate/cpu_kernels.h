@@ -1,6 +1,6 @@
-// The kernels of one instruction set, as a table. The including file defines POSMLP_KERNELS (the table's name), its
-// printed name, and the constants kVectorBytes, kTileRows and kTileVectors of the micro-kernel, and sets the target
-// options; everything below has internal linkage, so that no two instruction sets share a function.
+// The kernels of one instruction set. The including file sets the target options, defines the constants kVectorBytes,
+// kTileRows and kTileVectors of the micro-kernel, and names the table of what this makes;
+// everything below has internal linkage, so that no two instruction sets share a function.
 
 namespace {
 

@@ -209,8 +209,10 @@ class Mixing {
       const int64_t at = origin - window_->place[k];
       if (!(peak[at] * (kRows ? largest : b_.scale[k]) > negligible_)) continue;
       A* to = &packed.weights[entries * kTileRows];
-      for (int r = 0; r < kTileRows; r += kDoubles)
-        store_rounded(to + r, load<double>(weight + at + r) * (kRows ? load<double>(&b_.scale[first + r]) : fill(b_.scale[k])));
+      for (int r = 0; r < kTileRows; r += kDoubles) {
+        const DoubleVec scale = kRows ? load<double>(&b_.scale[first + r]) : fill(b_.scale[k]);
+        store_rounded(to + r, load<double>(weight + at + r) * scale);
+      }
       packed.row[entries++] = int32_t(k * kPanelOf<A>);
     }
     return entries;

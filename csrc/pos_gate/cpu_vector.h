@@ -104,7 +104,8 @@ struct ActivationValue {
 // below -kEnd, where the sum would leave a trace. With roundings x Phi(x) errs half as much as eager PyTorch's GELU.
 inline FloatVec normal_cdf(FloatVec x) {
   constexpr float kEnd = 5.55f;
-  constexpr float kP[] = {2.244276942e-8f, 6.352734090e-6f, 1.712741359e-4f, 4.691817798e-3f, 3.410917521e-2f, 3.989422321e-1f};
+  constexpr float kP[] = {2.244276942e-8f, 6.352734090e-6f, 1.712741359e-4f,
+                          4.691817798e-3f, 3.410917521e-2f, 3.989422321e-1f};
   constexpr float kQ[] = {1.188617262e-6f, 7.434884174e-5f, 1.898334478e-3f, 2.878968976e-2f, 2.521648407e-1f, 1.f};
   const FloatVec bounded = x > kEnd ? fill(kEnd) : x, square = bounded * bounded;
   FloatVec p = fill(kP[0]), q = fill(kQ[0]);
