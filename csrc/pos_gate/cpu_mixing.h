@@ -39,26 +39,19 @@ class Mixing {
   // Tiles of keys, entries are queries: the transpose.
   void pack_columns(Packed<A>& packed) { pack<false>(packed); }
 
-  // Adds the gradients of a group's table and matrix, given dP [tokens, ld], which is overwritten.
-  void add_gradient(int64_t part, A* dp, int64_t ld) {
-    const int64_t tokens = window_->tokens, n = shape_.window_tokens();
-    b_.sums.assign(call_.dtable_parts ? shape_.table_size() : 0, 0.);  // in double their order does not show
-    make_room(b_.row, tokens);
-    for (int64_t i = 0; i < tokens; ++i) {
-      row_gradient(i, dp + i * ld);
-      if (call_.dtable_parts)
-        for_each_run(i, [&](int64_t key, int64_t at, int64_t count) {
-          for (int64_t c = 0; c < count; ++c) b_.sums[at + c] += b_.row[key + c];
-        });
-      if (call_.dmatrix_parts) {
-        A* to = static_cast<A*>(call_.dmatrix_parts) + part * n * n + window_->index[i] * n;
-        for (int64_t j = 0; j < tokens; ++j) to[window_->index[j]] += A(b_.row[j]);
-      }
-    }
+  // Adds the gradients of a group's table and matrix, given dP [tokens, ld]. Sums over rows are taken in double, where
+  // their order does not show.
+  void add_gradient(int64_t part, const A* dp, int64_t ld) {
+    const int64_t size = shape_.table_size();
+    make_room(b_.sums, call_.dtable_parts ? size : 0);
+    if (factored_)
+      for (int64_t i = 0; i < window_->tokens; ++i) add_factored_row(i, dp + i * ld);
+    else
+      for (int64_t i = 0; i < window_->tokens; ++i) add_dense_row(i, dp + i * ld, part);
     if (!call_.dtable_parts) return;
-    A* to = static_cast<A*>(call_.dtable_parts) + part * shape_.table_size();
-    const bool weighted = factored_ && call_.softmax;
-    for (int64_t e = 0; e < shape_.table_size(); ++e) to[e] += A(weighted ? b_.weight[e] * b_.sums[e] : b_.sums[e]);
+    A* to = static_cast<A*>(call_.dtable_parts) + part * size;
+    const bool weigh = factored_ && call_.softmax;
+    for (int64_t e = 0; e < size; ++e) to[e] += A(weigh ? b_.weight[e] * b_.sums[e] : b_.sums[e]);
   }
 
  private:
@@ -152,10 +145,6 @@ class Mixing {
       b_.sums.swap(b_.row);
     }
   }
-  void copy_weights(int64_t i) {
-    for_each_run(i, [&](int64_t key, int64_t at, int64_t count) { copy_row(&b_.weight[at], &b_.row[key], count); });
-  }
-
   // The largest |weight| among the kTileRows entries from each one on, for the table and for its mirror image.
   void find_peaks() {
     const int64_t size = shape_.table_size();
@@ -274,33 +263,52 @@ class Mixing {
   }
 
   // ---- gradient ----
+  //
+  // Of the logits: dP, or under softmax P * (dP - sum of P * dP), where the sum is divided by that of P, which rounding
+  // keeps from 1: what all of a row's dP have in common must cancel.
 
-  // The gradient of query i's logits into `row`: dP, or under softmax P * (dP - sum of P * dP). The sum is divided by
-  // that of P, which rounding keeps from 1: what all of a row's dP have in common must cancel. Where P is factored, the
-  // weight of an entry is left for the end.
-  void row_gradient(int64_t i, A* dp) {
-    const int64_t tokens = window_->tokens;
-    std::fill(dp + tokens, dp + round_up(tokens, kDoubles), A(0));
-    double mean = 0, scale = 1;
+  // Where P is factored, an entry's weight can wait until all rows are summed. Runs of keys are taken by whole vectors,
+  // of which the last one's lanes beyond the run count nothing.
+  void add_factored_row(int64_t i, const A* dp) {
+    const int64_t run = window_->cls.box[2], last = (run - 1) / kDoubles * kDoubles;
+    const VectorOf<double>::ints in_run = lane_numbers() < run - last;
+    double mean = 0;
     if (call_.softmax) {
       DoubleVec sums{}, weights{};
-      std::fill(b_.row.begin() + tokens, b_.row.end(), 0.);
-      if (factored_)
-        copy_weights(i);
-      else
-        for (int64_t j = 0; j < tokens; ++j) b_.row[j] = double(b_.dense[i * tokens + j]);
-      for (int64_t j = 0; j < tokens; j += kDoubles) {
-        const DoubleVec weight = load<double>(&b_.row[j]);
-        sums += weight * load_wide(dp + j);
-        weights += weight;
-      }
+      for_each_run(i, [&](int64_t key, int64_t at, int64_t) {
+        for (int64_t c = 0; c <= last; c += kDoubles) {
+          const DoubleVec weight = load<double>(&b_.weight[at + c]), product = weight * load_wide(dp + key + c);
+          weights += c < last ? weight : in_run ? weight : DoubleVec{};
+          sums += c < last ? product : in_run ? product : DoubleVec{};
+        }
+      });
       mean = sum_lanes<double>(sums) / sum_lanes<double>(weights);
-      if (factored_) scale = b_.scale[i];
     }
-    const bool weigh = call_.softmax && !factored_;
-    for (int64_t j = 0; j < tokens; j += kDoubles) {
-      const DoubleVec gradient = (load_wide(dp + j) - mean) * scale;
-      store<double>(&b_.row[j], weigh ? gradient * load<double>(&b_.row[j]) : gradient);
+    for_each_run(i, [&](int64_t key, int64_t at, int64_t) {
+      for (int64_t c = 0; c <= last; c += kDoubles) {
+        const DoubleVec gradient = (load_wide(dp + key + c) - mean) * b_.scale[i];
+        double* to = &b_.sums[at + c];
+        store<double>(to, load<double>(to) + (c < last ? gradient : in_run ? gradient : DoubleVec{}));
+      }
+    });
+  }
+
+  void add_dense_row(int64_t i, const A* dp, int64_t part) {
+    const int64_t tokens = window_->tokens, n = shape_.window_tokens();
+    const A* weight = &b_.dense[i * tokens];
+    double sum = 0, weights = 0;
+    if (call_.softmax)
+      for (int64_t j = 0; j < tokens; ++j) sum += double(weight[j]) * double(dp[j]), weights += double(weight[j]);
+    make_room(b_.row, tokens);
+    for (int64_t j = 0; j < tokens; ++j)
+      b_.row[j] = call_.softmax ? double(weight[j]) * (double(dp[j]) - sum / weights) : double(dp[j]);
+    if (call_.dtable_parts)
+      for_each_run(i, [&](int64_t key, int64_t at, int64_t count) {
+        for (int64_t c = 0; c < count; ++c) b_.sums[at + c] += b_.row[key + c];
+      });
+    if (call_.dmatrix_parts) {
+      A* to = static_cast<A*>(call_.dmatrix_parts) + part * n * n + window_->index[i] * n;
+      for (int64_t j = 0; j < tokens; ++j) to[window_->index[j]] += A(b_.row[j]);
     }
   }
 

@@ -48,6 +48,11 @@ template <class A>
 inline Vec<A> fill(A a) {
   return a - Vec<A>{};  // a minus zero is a, bit for bit; zero plus a is not, and would cost an addition
 }
+inline VectorOf<double>::ints lane_numbers() {
+  VectorOf<double>::ints numbers;
+  for (int i = 0; i < VectorOf<double>::kLanes; ++i) numbers[i] = i;
+  return numbers;
+}
 template <class A>
 inline double sum_lanes(Vec<A> v) {
   double total = 0;
