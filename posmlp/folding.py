@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .eager import has_hooks
+
 
 class FoldingSequential(nn.Sequential):
     """`nn.Sequential`, but a convolution whose batch norm is in eval mode takes it into its own weights.
@@ -33,7 +35,7 @@ def _folds(conv: nn.Module, norm: nn.Module) -> bool:
         and norm.track_running_stats
         and conv.weight.dtype == norm.running_var.dtype
         and conv.weight.dtype in (torch.float32, torch.float64)  # less would round twice
-        and not any(m._forward_hooks or m._forward_pre_hooks for m in (conv, norm))
+        and not has_hooks(conv, norm)
     )
 
 

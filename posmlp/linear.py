@@ -12,7 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
+
+from .eager import is_eager_cpu
 
 # Elsewhere the two libraries come out alike, or nobody has compared them.
 _PAYS = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
@@ -21,8 +22,7 @@ _PAYS = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capa
 class Linear(nn.Linear):
     """`[..., in_features] -> [..., out_features]`, in float32 on CPUs in less time than `nn.Linear` takes.
 
-    Gradients of every order are right. Whatever looks into a model (torch.compile, export, autocast,
-    torch.func, forward-mode gradients, counters of operations, tensor subclasses) meets `F.linear`.
+    Gradients of every order are right. What is no eager call on ordinary tensors meets `F.linear`.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -37,21 +37,13 @@ def _onednn_serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
         _PAYS
         and torch.backends.mkldnn.enabled
-        and all(map(_is_plain_float, (x, weight) if bias is None else (x, weight, bias)))
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
+        and is_eager_cpu(x, weight, bias)
+        and x.dtype == weight.dtype == torch.float32
+        and (bias is None or bias.dtype == torch.float32)
         and x.dim() > 1
         and x.numel() > 0
         and x.shape[-1] == weight.shape[1]  # else F.linear says what is wrong
-        and not torch.is_autocast_enabled("cpu")
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and forward_ad._current_level < 0
     )
-
-
-def _is_plain_float(tensor: Tensor) -> bool:
-    return type(tensor) in (Tensor, nn.Parameter) and tensor.dtype == torch.float32 and tensor.is_cpu
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -1,0 +1,29 @@
+"""Where a module may take a shortcut that only its running time shows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+
+def is_eager_cpu(*tensors: Tensor | None) -> bool:
+    """Whether all are ordinary CPU tensors, and nothing looks into the computation or changes it.
+
+    What does: torch.compile, export, jit.trace, autocast, torch.func, forward-mode gradients, and modes such
+    as counters of operations or fake tensors. They are to meet the operations that a module stands for.
+    """
+    return (
+        all(t is None or (type(t) in (Tensor, nn.Parameter) and t.is_cpu) for t in tensors)
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not torch.is_autocast_enabled("cpu")
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
+    )
+
+
+def has_hooks(*modules: nn.Module) -> bool:
+    """Whether somebody watches what goes into or comes out of one of the modules."""
+    return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
