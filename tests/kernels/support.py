@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
+import subprocess
+import sys
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +17,8 @@ import torch.nn.functional as F
 
 from posmlp_kernels.dispatch import BACKENDS, find_backend
 from posmlp_kernels.testing import CASES, Case, find_case
+
+ROOT = Path(__file__).resolve().parents[2]
 
 # Interpreted Triton takes seconds where others take a millisecond: one case for each thing that a kernel does
 # in a way of its own (tiling the channels, partial windows, each kind of mixing matrix, norm, ranks).
@@ -90,6 +97,34 @@ def skip_if_interpreter_lacks(backend: str, dtype: torch.dtype) -> None:
 
 def available(backend: str) -> bool:
     return not find_backend(backend).unavailable()
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a tensor is stored: its dimensions in some order, as a slice of a larger buffer."""
+
+    order: tuple[int, ...]
+    margin: int
+
+    def __call__(self, t: torch.Tensor) -> torch.Tensor:
+        """The same values so stored; what lies between them is NaN."""
+        stored = t.permute(self.order)
+        buffer = t.new_full([n + self.margin for n in stored.shape], torch.nan)
+        view = buffer[tuple(slice(self.margin, None) for _ in stored.shape)].copy_(stored)
+        return view.permute([self.order.index(d) for d in range(t.dim())])
+
+
+@cache
+def instruction_sets() -> list[str]:
+    """What the compiled kernels can use of this processor, best first: an unknown name is told."""
+    code = (
+        "import torch, posmlp_kernels as k; k.PosSGU(2, 1, groups=1, backend='cpu')(torch.ones(1, 1, 1, 2))"
+    )
+    environment = os.environ | {"POSMLP_CPU_KERNELS": "unknown", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    known = re.search("POSMLP_CPU_KERNELS must be one of (.*) on this processor", done.stderr)
+    assert known, f"the cpu back end cannot run here: {done.stderr}"
+    return known[1].split(", ")
 
 
 def by_pairs(

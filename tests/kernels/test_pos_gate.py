@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -94,6 +95,24 @@ def test_same_input_same_bits(backend, case):
         torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(torch.equal(results[0][name], other[name]) for name in other)
+
+
+@over_backends(interpreter=False)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("tokens", [1, 6, 7, 8, 13, 14, 15, 16, 17, 47, 48, 49])
+def test_sizes_around_tile_edges(backend, tokens, dtype):
+    """Every remainder of a tile of rows, with channels on both sides of every vector and panel."""
+    for channels in (1, 3, 4, 5, 7, 8, 9, 15, 16, 17, 23, 24, 25, 31, 32, 33, 47, 48, 49, 95, 96, 97):
+        # The second window is partial, with one token; the table is learned, so that no weight is negligible.
+        case = replace(find_case("line"), map=(tokens + 1,), window=(tokens,), channels=2 * channels)
+        case = replace(case, softmax=False, table="learned")
+        inputs = make_inputs(case, dtype, device_of(backend))
+        with poisoned_memory():
+            actual = with_gradients(partial(run, backend=backend), case, inputs)
+        for name, truth in truth_of(case, inputs).items():
+            tolerance = 64 * torch.finfo(dtype).eps * max(1.0, truth.abs().max().item())
+            error = (actual[name].cpu().double() - truth).abs().max().item()
+            assert error <= tolerance, f"{name} with {channels} channels in a group: {error:.3e}"
 
 
 @over_backends()

@@ -7,7 +7,7 @@ import math
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import by_pairs, device_of, interpreted, over_backends
+from support import Layout, by_pairs, device_of, interpreted, over_backends
 
 from posmlp_kernels import explain, pos_gate
 
@@ -56,11 +56,7 @@ def problems(draw):
 def with_layout(draw, t):
     """The same values in a random order of dimensions in storage, sliced out of a NaN buffer or not."""
     order = draw(st.permutations(range(t.dim())), label="storage order")
-    margin = draw(st.integers(0, 2), label="margin")
-    stored = t.permute(order)
-    buffer = t.new_full([n + margin for n in stored.shape], torch.nan)
-    view = buffer[tuple(slice(margin, None) for _ in stored.shape)].copy_(stored)
-    return view.permute([order.index(d) for d in range(t.dim())])
+    return Layout(tuple(order), draw(st.integers(0, 2), label="margin"))(t)
 
 
 def value_and_gradients(function, arguments, dz):

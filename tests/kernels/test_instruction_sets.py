@@ -1,0 +1,26 @@
+"""The tests of values and gradients on every instruction set; the suite itself runs on the best one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support import ROOT, available, instruction_sets
+
+FILES = [
+    Path(__file__).with_name(f"test_{what}.py") for what in ("pos_gate", "gradcheck", "shapes", "golden")
+]
+
+
+@pytest.mark.skipif(not available("cpu"), reason="the cpu back end is not built")
+@pytest.mark.parametrize("name", ["avx2", "portable"])
+def test_values_and_gradients(name):
+    if name not in instruction_sets():
+        pytest.skip(f"this processor has no {name}")
+    command = [sys.executable, "-m", "pytest", *map(str, FILES), "-k", "cpu"]
+    environment = os.environ | {"POSMLP_CPU_KERNELS": name, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-5000:]
