@@ -13,7 +13,7 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/pos_gate/*)
 CXX ?= g++
 SANITIZE := -std=c++17 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
 
-.PHONY: demo test bench lint format sanitize clean
+.PHONY: demo test bench lint format sanitize fuzz clean
 .DEFAULT_GOAL := test
 
 $(VENV)/.ready: requirements/full.txt
@@ -49,6 +49,13 @@ sanitize:  ## the C++ kernels under AddressSanitizer and UndefinedBehaviorSaniti
 	mkdir -p build/sanitize
 	$(CXX) $(SANITIZE) -Icsrc/pos_gate tests/csrc/test_kernels.cpp $(filter-out %cpu_ops.cpp,$(wildcard csrc/pos_gate/cpu_*.cpp)) -o build/sanitize/test_kernels
 	build/sanitize/test_kernels
+
+FUZZ_SEED ?= $(shell date +%Y%m%d)
+FUZZ_SECONDS ?= 240
+
+fuzz: $(VENV)/.built sanitize  ## random problems for five minutes, a minute of them under the sanitizers
+	$(PY) tests/kernels/fuzz.py --seed $(FUZZ_SEED) --seconds $(FUZZ_SECONDS)
+	build/sanitize/test_kernels $(FUZZ_SEED) 60
 
 clean:
 	rm -rf build dist *.egg-info posmlp_kernels/*.so .venv .venv-*
