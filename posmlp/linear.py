@@ -16,7 +16,11 @@ from torch import Tensor, nn
 from .eager import is_eager_cpu
 
 # Elsewhere the two libraries come out alike, or nobody has compared them.
-_PAYS = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+_PAYS = (
+    torch.backends.mkldnn.is_available()
+    and hasattr(torch.ops.mkldnn, "_linear_pointwise")  # Inductor's, without a promise
+    and torch.backends.cpu.get_cpu_capability() == "AVX512"
+)
 
 
 class Linear(nn.Linear):
