@@ -8,6 +8,7 @@ import sys
 
 import fuzz
 import pytest
+import torch
 from fuzz_problems import draw_problem
 from support import ROOT, available, instruction_sets
 
@@ -32,6 +33,7 @@ def test_numbers_are_drawn_from_the_whole_contract():
     assert len(seen) == 2 + 4 + 3 + 2 + 3 + 2
     assert {len(p.case.map) for p in problems} == {1, 2, 3}
     assert len({p.dtype for p in problems}) == 4
+    assert not torch.equal(problems[0].inputs(0)["x"], problems[0].inputs(1)["x"])
     assert len({p.case.channels // p.case.groups for p in problems}) > 20
 
 
