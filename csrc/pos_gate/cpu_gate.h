@@ -247,7 +247,7 @@ class Gate {
   void find_pieces(const Window& window, int64_t from, int64_t to, Pieces& pieces) const {
     pieces.clear();
     for (int64_t q = from; q < to;) {
-      Piece piece;
+      Piece& piece = pieces.emplace_back();
       int64_t position[kRank];
       const int64_t batch = window.cls.locate(shape_, q / depth_, position);
       piece.column = q - from;
@@ -258,7 +258,6 @@ class Gate {
       piece.z = z_view_.offset(batch, position);
       piece.dx = dx_view_.offset(batch, position);
       piece.token = token_view_.offset(batch, position);
-      pieces.push_back(piece);
       q += piece.count;
     }
   }
