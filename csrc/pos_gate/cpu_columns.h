@@ -49,7 +49,7 @@ class Wanted {
       const char* row = reinterpret_cast<const char*>(map.at(piece, first));
       const char* end = row + piece.count * int64_t(sizeof(U));
       for (const char* line = row - size_t(row) % kLine; line < end; line += kLine)
-        lines_.push_back({line, &map.offset[first], last - first, int64_t(sizeof(U))});
+        push(line, &map.offset[first], last - first, int64_t(sizeof(U)));
     }
   }
   // Asks for a line; false if there is none left.
@@ -77,6 +77,13 @@ class Wanted {
     const int64_t* offset;
     int64_t tokens, size;
   };
+  void push(const char* first, const int64_t* offset, int64_t tokens, int64_t size) {
+    Line& line = lines_.emplace_back();  // filled in place: a copy would wait for the single stores
+    line.first = first;
+    line.offset = offset;
+    line.tokens = tokens;
+    line.size = size;
+  }
   std::vector<Line> lines_;
   size_t at_ = 0;
   int64_t token_ = 0;

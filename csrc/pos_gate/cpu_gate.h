@@ -129,7 +129,7 @@ class Gate {
         window, workspace_.rows, x1_, columns, z_map,
         [&](int64_t from, int64_t to, int64_t next) {
           load_rows(x2_map, pieces_, from, to, x2_);
-          wanted_.add(x2_map, pieces_, to, next);
+          want(x2_map, from, to, next);
           wanted_.add(x_map(window, 0), next_pieces_, from, to);
         },
         [&](int64_t from, int64_t to, A* y) {
@@ -147,8 +147,8 @@ class Gate {
         [&](int64_t from, int64_t to, int64_t next) {
           load_rows(x2_map, pieces_, from, to, x2_);
           load_rows(dz_map, pieces_, from, to, dz_);
-          wanted_.add(x2_map, pieces_, to, next);
-          wanted_.add(dz_map, pieces_, to, next);
+          want(x2_map, from, to, next);
+          want(dz_map, from, to, next);
         },
         [&](int64_t from, int64_t to, A* y) {
           const int64_t count = (to - from) * kPanel;
@@ -210,6 +210,7 @@ class Gate {
     for (int64_t from = first, index = 0; from < last; from += kPanel, ++index) {
       std::swap(pieces_, next_pieces_);
       find_pieces(window, from + kPanel, std::min(last, from + 2 * kPanel), next_pieces_);
+      first_panel_ = index == 0;
       work(index, std::min(kPanel, last - from));
     }
   }
@@ -247,7 +248,7 @@ class Gate {
   void find_pieces(const Window& window, int64_t from, int64_t to, Pieces& pieces) const {
     pieces.clear();
     for (int64_t q = from; q < to;) {
-      Piece piece;
+      Piece& piece = pieces.emplace_back();
       int64_t position[kRank];
       const int64_t batch = window.cls.locate(shape_, q / depth_, position);
       piece.column = q - from;
@@ -258,7 +259,6 @@ class Gate {
       piece.z = z_view_.offset(batch, position);
       piece.dx = dx_view_.offset(batch, position);
       piece.token = token_view_.offset(batch, position);
-      pieces.push_back(piece);
       q += piece.count;
     }
   }
@@ -271,6 +271,15 @@ class Gate {
 
   Map<T> dx_map(const Window& window, int64_t channel) const {
     return {static_cast<T*>(call_.dx) + first_channel() + channel, &Piece::dx, window.dx};
+  }
+
+  // Asks for the rows of the next tile. Tiles of short windows are over before these arrive: there for those of the next
+  // panel, but in a unit's first panel, for which nobody has asked.
+  void want(const Map<const T>& map, int64_t from, int64_t to, int64_t next) {
+    constexpr int64_t kShort = 16 << 10;  // bytes of a panel: several fit into the first-level cache
+    const bool is_short = ld_ * kPanel * int64_t(sizeof(A)) <= kShort;
+    if (!is_short || first_panel_) wanted_.add(map, pieces_, to, next);
+    if (is_short) wanted_.add(map, next_pieces_, from, to);
   }
 
   static void clear(std::initializer_list<std::pair<A*, int64_t>> buffers) {
@@ -363,6 +372,7 @@ class Gate {
   Workspace<A>& workspace_;
   Mixing<A> mixing_;
   Pieces pieces_, next_pieces_;  // of the panel at hand and of the one after it
+  bool first_panel_ = true;
   Wanted wanted_;
   std::vector<std::vector<int32_t>> active_;
   // Panels [tokens, kPanel], and kPanels of them for dP: dU, and X1 with tokens side by side.
