@@ -16,6 +16,7 @@
 template <class A>
 struct Workspace {
   std::vector<A> storage;
+  std::vector<double> bias_sums;  // [tokens, lanes] of the window class at hand
   MixingBuffers<A> mixing;
   Packed<A> rows, columns;
 
@@ -90,17 +91,18 @@ class Gate {
   void backward(int64_t first_unit, int64_t last_unit) {
     const bool mixing = call_.dtable_parts || call_.dmatrix_parts;
     const int64_t panel = ld_ * kPanel, matrix = mixing ? ld_ * ld_ : 0;
-    Allotment<A> allot(workspace_.storage, (2 + 2 * kPanels) * panel + 5 * kTile + matrix + ld_ * kLanes, 11);
+    Allotment<A> allot(workspace_.storage, (2 + 2 * kPanels) * panel + 5 * kTile + matrix, 10);
     take(allot, {{&x1_, panel}, {&slope1_, panel}, {&du_, kPanels * panel}, {&x1_columns_, kPanels * panel}});
     take(allot, {{&x2_, kTile}, {&slope2_, kTile}, {&dz_, kTile}, {&y_, kTile}, {&done_, kTile}});
-    take(allot, {{&dp_, matrix}, {&bias_sums_, ld_ * kLanes}});
+    take(allot, {{&dp_, matrix}});
     for (int64_t unit = first_unit; unit < last_unit; ++unit) {
       clear_parts(unit);
       for_each_class(unit, [&](const Window& window, int64_t first, int64_t last) {
         mixing_.pack_rows(workspace_.rows);
         mixing_.pack_columns(workspace_.columns);
         if (mixing) find_active(window);
-        clear({{dp_, matrix}, {bias_sums_, ld_ * kLanes}});
+        clear({{dp_, matrix}});
+        workspace_.bias_sums.assign(ld_ * kLanes, 0.);
         for_each_panel(window, first, last, [&](int64_t index, int64_t columns) {
           const int64_t slot = index % kPanels;
           A* du = du_ + slot * panel;
@@ -341,17 +343,24 @@ class Gate {
     }
   }
 
+  // A panel's sums are short; those over many panels are taken in double.
   void add_bias_gradient(int64_t from, int64_t to, const A* du) {
     for (int64_t k = from; k < to; ++k) {
-      Vec<A> sums = load<A>(bias_sums_ + k * kLanes);
-      for (int64_t c = 0; c < kPanel; c += kLanes) sums += load<A>(du + k * kPanel + c);
-      store<A>(bias_sums_ + k * kLanes, sums);
+      A lanes[kLanes];
+      Vec<A> sums = load<A>(du + k * kPanel);
+      for (int64_t c = kLanes; c < kPanel; c += kLanes) sums += load<A>(du + k * kPanel + c);
+      store<A>(lanes, sums);
+      double* total = &workspace_.bias_sums[k * kLanes];
+      for (int l = 0; l < kLanes; l += VectorOf<double>::kLanes)
+        store<double>(total + l, load<double>(total + l) + load_wide(lanes + l));
     }
   }
   void store_bias_gradient(const Window& window, int64_t unit) const {
     A* part = static_cast<A*>(call_.dbias_parts) + unit * shape_.window_tokens();
-    for (int64_t k = 0; k < window.tokens; ++k)
-      part[window.index[k]] += A(sum_lanes<A>(load<A>(bias_sums_ + k * kLanes)));
+    for (int64_t k = 0; k < window.tokens; ++k) {
+      const double* total = &workspace_.bias_sums[k * kLanes];
+      part[window.index[k]] += A(std::accumulate(total, total + kLanes, 0.));
+    }
   }
 
   void clear_parts(int64_t unit) {
@@ -379,6 +388,6 @@ class Gate {
   A *x1_ = nullptr, *slope1_ = nullptr, *du_ = nullptr, *x1_columns_ = nullptr;
   // Tiles [kTileRows, kPanel]; y is the one at hand, done the one before it.
   A *x2_ = nullptr, *slope2_ = nullptr, *dz_ = nullptr, *y_ = nullptr, *done_ = nullptr;
-  A *dp_ = nullptr, *bias_sums_ = nullptr;  // [tokens, tokens] and [tokens, lanes] of the window class at hand
+  A* dp_ = nullptr;  // [tokens, tokens] of the window class at hand
   int64_t most_tokens_ = 0, ld_ = 0, group_ = 0;
 };
