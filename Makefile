@@ -13,7 +13,7 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/pos_gate/*)
 CXX ?= g++
 SANITIZE := -std=c++17 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
 
-.PHONY: demo test bench lint format sanitize fuzz clean
+.PHONY: demo test bench bench-models lint format sanitize fuzz clean
 .DEFAULT_GOAL := test
 
 $(VENV)/.ready: requirements/full.txt
@@ -42,8 +42,17 @@ format: $(VENV)/.ready
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
+# A whole model takes torch.compile long, so that bench compiles only those whose compiled times are a target.
+RIVALS := convnext_tiny swin_tiny_patch4_window7_224
+
 bench: $(VENV)/.built  ## measure on this machine, in under ten minutes
 	$(PY) -m benchmarks.bench_pos_gate --out benchmarks/results/cpu.json
+	$(PY) -m benchmarks.bench_models --compile $(RIVALS) --out benchmarks/results/cpu_models.json
+	$(PY) -m benchmarks.report
+
+bench-models: $(VENV)/.built  ## the models again, all of them by torch.compile too, which takes longer
+	$(PY) -m benchmarks.bench_models --out benchmarks/results/cpu_models.json
+	$(PY) -m benchmarks.report
 
 sanitize:  ## the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 	mkdir -p build/sanitize

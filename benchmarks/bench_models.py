@@ -52,15 +52,16 @@ def build(name: str, setting: Setting) -> nn.Module:
         model = OriginalStylePosMLP.like(model) if name == ORIGINAL else model
     else:
         model = optional("timm", "models").create_model(name)
+        nn.init.trunc_normal_(model.get_classifier().weight, std=0.02)  # gMLP's zeros would hide differences
     return model.to(setting.device, setting.dtype).train(setting.training)
 
 
 def work_of(name: str, setting: Setting, compiled: bool = False) -> Callable[[], Tensor]:
-    """A call of it does the work once and returns logits `[batch, 1000]`, or the loss before the step."""
+    """A call of it does the work once and returns logits `[batch, classes]`, or the loss before the step."""
     model = build(name, setting)
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(setting.batch, 3, setting.size, setting.size, generator=generator)
-    y = torch.randint(1000, (setting.batch,), generator=generator).to(setting.device)
+    y = torch.randint(10, (setting.batch,), generator=generator).to(setting.device)  # classes that all have
     x = x.to(setting.device, setting.dtype)
     function = torch.compile(model, dynamic=False) if compiled else model
     if not setting.training:
@@ -91,14 +92,14 @@ def check(works: Mapping[str, Callable[[], Tensor]], dtype: torch.dtype) -> None
             raise RuntimeError(f"{name} computes something else: error {error:.1e}")
 
 
-def measure(names: list[str], compiled: list[str], setting: Setting, seconds: float) -> dict:
+def measure(names: list[str], compiled: list[str], setting: Setting, seconds: float, rounds: int) -> dict:
     """A row of the results: times in seconds, the ceilings meanwhile, and a training step's peak memory."""
     torch._dynamo.reset()
     works = {name: work_of(name, setting) for name in names}
     works |= {f"{name}, compiled": work_of(name, setting, True) for name in compiled}
     check(works, setting.dtype)
     ceilings = Ceilings(setting.device, setting.dtype)
-    times = race(works | ceilings.works, seconds)
+    times = race(works | ceilings.works, seconds, rounds)
     row = {
         "what": str(setting),
         "batch": setting.batch,
@@ -113,7 +114,8 @@ def measure(names: list[str], compiled: list[str], setting: Setting, seconds: fl
 def lines(row: dict) -> list[str]:
     """A row for the screen."""
     ours = row["times"][OURS]["median"] if OURS in row["times"] else float("nan")
-    out = [f"\n{row['what']}, batch {row['batch']:<5}{'ms':>26}{'spread':>9}{'of ours':>9}{'peak MB':>9}"]
+    title = f"{row['what']}, batch {row['batch']}"
+    out = [f"\n{title:<39}{'ms':>9}{'spread':>9}{'of ours':>9}{'peak MB':>9}"]
     for name, time in row["times"].items():
         memory = row.get("memory", {}).get(name)
         cells = f"{1e3 * time['median']:>9.1f}{1e3 * time['spread']:>9.1f}{time['median'] / ours:>9.2f}"
@@ -133,7 +135,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--models", nargs="*", default=list(NAMES), choices=NAMES, help="default: all")
     parser.add_argument("--compile", nargs="*", choices=NAMES, help="what to compile; default: every model")
     parser.add_argument("--no-compile", action="store_const", dest="compile", const=[], help="none")
-    parser.add_argument("--seconds", type=float, default=2.0, help="for each contender of a setting")
+    parser.add_argument("--seconds", type=float, default=1.5, help="for each contender of a setting")
+    parser.add_argument("--rounds", type=int, default=4, help="at least")
     parser.add_argument("--out", type=Path, help="write the results as JSON")
     given = parser.parse_args(arguments)
     compiled = [n for n in given.models if given.compile is None or n in given.compile]
@@ -141,11 +144,12 @@ def main(arguments: list[str] | None = None) -> None:
     for training, batches in ((False, given.batch), (True, given.train_batch)):
         for batch in batches:
             setting = Setting(training, batch, given.size, given.device, getattr(torch, given.dtype))
-            rows.append(measure(given.models, compiled, setting, given.seconds))
+            rows.append(measure(given.models, compiled, setting, given.seconds, given.rounds))
             print("\n".join(lines(rows[-1])), flush=True)
     results = {
         "machine": machine(given.device),
         "timm": optional("timm", "models").__version__,
+        "device": given.device.type,
         "dtype": given.dtype,
         "size": given.size,
         "ceilings": summary([row["ceilings"] for row in rows]),

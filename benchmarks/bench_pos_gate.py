@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections.abc import Iterable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -28,16 +27,23 @@ _COLUMNS = ("ours", "ours, gelu", "gelu alone", "plain", "plain, P given", "orig
 _SHARES = ("gemm", "onednn")
 
 
-def measure(
-    case: Gate, backward: bool, settings: Settings, seconds: float, compiled: bool, ceilings: Ceilings
-) -> dict:
+@dataclass(frozen=True)
+class Effort:
+    """How long each contender of a case runs, and whether those by torch.compile are among them."""
+
+    seconds: float
+    rounds: int
+    compiled: bool
+
+
+def measure(case: Gate, backward: bool, settings: Settings, effort: Effort, ceilings: Ceilings) -> dict:
     """A row of the results: times in seconds, what the case moves and computes, the ceilings meanwhile."""
     torch._dynamo.reset()
-    subjects = {name: contender(case, name, settings) for name in names(case, backward, compiled)}
+    subjects = {name: contender(case, name, settings) for name in names(case, backward, effort.compiled)}
     check(case, subjects, backward, settings)
     works = {name: subject.work(backward) for name, subject in subjects.items()}
     works |= yardsticks(case, backward, settings) if "ours, gelu" in works else {}
-    times = race(works | ceilings.works, seconds)
+    times = race(works | ceilings.works, effort.seconds, effort.rounds)
     return {
         "case": case.name,
         "direction": "forward + backward" if backward else "forward",
@@ -58,28 +64,31 @@ def _step_of(case: Gate, name: str, settings: Settings) -> object:
     return contender(case, name, settings).step
 
 
-def sweep(points: dict[int, Gate], settings: Settings, seconds: float, ceilings: Ceilings) -> list[dict]:
-    """Forward times of ours, plain PyTorch and the original over one size."""
-    rows = []
+def sweep(points: dict[int, Gate], settings: Settings, effort: Effort, ceilings: Ceilings) -> list[dict]:
+    """Forward times of ours, plain PyTorch and the original over one size, at half the effort."""
+    rows, effort = [], replace(effort, seconds=effort.seconds / 2, rounds=(effort.rounds + 1) // 2)
     for size, case in points.items():
-        row = measure(case, False, settings, seconds, False, ceilings)
+        row = measure(case, False, settings, effort, ceilings)
         rows.append({"size": size} | {key: row[key] for key in ("flops", "bytes", "times", "ceilings")})
     return rows
 
 
-def run(cases: Iterable[Gate], settings: Settings, seconds: float, compiled: bool, sweeps: dict) -> dict:
+def run(
+    cases: Iterable[Gate], sweeps: dict[str, dict[int, Gate]], settings: Settings, effort: Effort
+) -> dict:
     """Everything, printed as it comes."""
     ceilings, rows = Ceilings(settings.device, settings.dtype), []
     print(HEADER)
     for case in cases:
         for backward in (False, True):
-            rows.append(measure(case, backward, settings, seconds, compiled, ceilings))
+            rows.append(measure(case, backward, settings, effort, ceilings))
             print(line(rows[-1]), flush=True)
         if "original, compiled" in case.against:
             rows[-1]["memory"] = measure_memory(case, settings)
-    scaling = {axis: sweep(points, settings, seconds / 2, ceilings) for axis, points in sweeps.items()}
+    scaling = {axis: sweep(points, settings, effort, ceilings) for axis, points in sweeps.items()}
     return {
         "machine": machine(settings.device),
+        "device": settings.device.type,
         "dtype": str(settings.dtype).removeprefix("torch."),
         "backend": settings.backend,
         "ceilings": summary([row["ceilings"] for row in rows]),
@@ -92,7 +101,8 @@ def line(row: dict) -> str:
     """A row for the screen: milliseconds, and ours as shares of the ceilings."""
     times = {name: time["median"] for name, time in row["times"].items()}
     cells = [f"{1e3 * times[name]:.2f}" if name in times else "" for name in _COLUMNS]
-    cells += [f"{row['flops'] / times['ours'] / row['ceilings'].get(name, math.inf):.2f}" for name in _SHARES]
+    rates = row["ceilings"]
+    cells += [f"{row['flops'] / times['ours'] / rates[n]:.2f}" if n in rates else "" for n in _SHARES]
     return f"{row['case']:<27}{row['direction']:<19}" + _aligned(cells)
 
 
@@ -113,7 +123,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--backend", help="of ours; default: the fastest")
     parser.add_argument("--batch", type=int, help="instead of each case's own (8)")
     parser.add_argument("--case", nargs="*", default=[c.name for c in CASES], help="names; default: all")
-    parser.add_argument("--seconds", type=float, default=0.5, help="for each contender of a case")
+    parser.add_argument("--seconds", type=float, default=0.2, help="for each contender of a case")
+    parser.add_argument("--rounds", type=int, default=5, help="at least")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--no-sweeps", action="store_true", help="leave out time over batch, map and window")
     parser.add_argument("--out", type=Path, help="write the results as JSON")
@@ -124,7 +135,7 @@ def main(arguments: list[str] | None = None) -> None:
     cases = [replace(c, batch=given.batch or c.batch) for c in CASES if c.name in given.case]
     settings = Settings(given.device, getattr(torch, given.dtype), given.backend)
     sweeps = {} if given.no_sweeps else SWEEPS
-    results = run(cases, settings, given.seconds, not given.no_compile, sweeps)
+    results = run(cases, sweeps, settings, Effort(given.seconds, given.rounds, not given.no_compile))
     show(results["ceilings"], gate_targets(results))
     if given.out:
         given.out.parent.mkdir(parents=True, exist_ok=True)

@@ -95,8 +95,8 @@ VARIANTS = (
     replace(_STAGE_2, name="window 12, 48²", map=48, window=12),
     replace(_STAGE_2, name="window 24, 24²", map=24, window=24, channels=768, groups=32),
     *(
-        replace(stage, name=f"{stage.name} of {size}", channels=stage.channels * d // 96, against=("plain",))
-        for size, d in (("S", 128), ("B", 192))
+        replace(stage, name=f"{size}, {stage.name}", channels=stage.channels * d // 96, against=("plain",))
+        for size, d in (("PosMLP-S", 128), ("PosMLP-B", 192))
         for stage in TRAINED[:3]
     ),
 )

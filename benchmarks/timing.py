@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 
 _BURST = 0.02  # seconds that a contender keeps in a round, so that short ones get as warm as long ones
-_WARM_UP = 2
 
 
 @dataclass(frozen=True)
@@ -35,20 +34,17 @@ class Time:
         return cls(statistics.median(times), high - low, len(times))
 
 
-def race(
-    contenders: Mapping[str, Callable[[], object]], seconds: float = 0.5, rounds: int = 5
-) -> dict[str, Time]:
+def race(contenders: Mapping[str, Callable[[], object]], seconds: float, rounds: int) -> dict[str, Time]:
     """Time contenders in turn, round after round, so that the machine's drift meets all alike.
 
     Args:
         contenders: what to call, by name.
         seconds: to spend on each, at least.
-        rounds: at least.
+        rounds: at least, after one that does not count.
     """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for work in contenders.values():
-        for _ in range(_WARM_UP):
-            work()
+        _burst(work)
     end, done = time.perf_counter() + seconds * len(contenders), 0
     while done < rounds or time.perf_counter() < end:
         for name, work in contenders.items():
@@ -58,11 +54,13 @@ def race(
 
 
 def _burst(work: Callable[[], object]) -> list[float]:
-    times: list[float] = []
-    while sum(times) < _BURST:
-        start = _now()
+    times, now = [], _now()
+    end = now + _BURST
+    while now < end:
+        start = now
         work()
-        times.append(_now() - start)
+        now = _now()
+        times.append(now - start)
     return times
 
 

@@ -1,0 +1,177 @@
+"""The measured parts of README.md and docs/benchmarks.md, and their figures, from the results as JSON.
+
+    python -m benchmarks.report
+
+A measured part stands between `<!-- measured: name -->` and `<!-- end -->`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from .targets import ORIGINAL, Target, gate_targets, model_targets
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+MODEL_NAMES = {
+    "posmlp_tiny": "**PosMLP-T, ours**",
+    "convnext_tiny": "ConvNeXt-T (timm)",
+    "swin_tiny_patch4_window7_224": "Swin-T (timm)",
+    "gmlp_s16_224": "gMLP-S/16 (timm)",
+    ORIGINAL: "PosMLP-T, original's style",
+}
+
+
+def load(name: str) -> dict:
+    """One of the committed results: "cpu" (the gate) or "cpu_models"."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def fill(text: str, gate: dict, models: dict) -> str:
+    """A document with its measured parts written anew.
+
+    Raises: `KeyError` for a part of an unknown name.
+    """
+    parts = {
+        "gate": lambda: conditions(gate) + gate_table(gate),
+        "models": lambda: model_table(models),
+        "cases": lambda: case_table(gate),
+        "memory": lambda: memory_table(gate),
+        "ceilings": lambda: ceiling_table(gate),
+        "targets": lambda: target_table(gate_targets(gate) + model_targets(models)),
+    }
+
+    def part(match: re.Match) -> str:
+        return f"<!-- measured: {match[1]} -->\n{parts[match[1]]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- measured: (\w+) -->.*?<!-- end -->", part, text, flags=re.S)
+
+
+def conditions(results: dict) -> str:
+    """What the figures were measured on, and how steady it was."""
+    on, units = results["machine"], {"gemm": "GF/s", "onednn": "GF/s by oneDNN", "copy": "GB/s in a copy"}
+    rates = ", ".join(
+        f"{rate['median'] / 1e9:.0f} {units[name]} ({rate['least'] / 1e9:.0f} to {rate['most'] / 1e9:.0f})"
+        for name, rate in sorted(results["ceilings"].items(), key=lambda item: list(units).index(item[0]))
+    )
+    return (
+        f"Measured on {on['processor']} ({on['instructions']}), threads: {on['threads']}, "
+        f"{results['dtype']}, batch 8; torch {on['torch']}, commit {on['commit']}, {on['date']}. "
+        f"The machine's ceilings meanwhile, median and range: sgemm {rates}.\n\n"
+    )
+
+
+def gate_table(results: dict) -> str:
+    """The four stages of PosMLP-T, as initialised."""
+    header = ("gate of PosMLP-T", "ours", "of sgemm", "best plain PyTorch", "original", "original, compiled")
+    rows = [row for row in results["rows"] if re.fullmatch(r"stage \d", row["case"])]
+    return table(header, (_gate_cells(row) for row in rows))
+
+
+def case_table(results: dict) -> str:
+    """Every case."""
+    header = ("gate", "ours", "of sgemm", "of oneDNN", "of the copy rate", "best plain PyTorch", "original")
+    return table(header, (_case_cells(row) for row in results["rows"]))
+
+
+def _gate_cells(row: dict) -> list[str]:
+    longer = (_longer(row, name) for name in ("plain", "original", "original, compiled"))
+    return [f"{row['case']}, {row['direction']}", _milliseconds(row), _share(row, "gemm"), *longer]
+
+
+def _case_cells(row: dict) -> list[str]:
+    shares = (_share(row, name) for name in ("gemm", "onednn", "copy"))
+    longer = (_longer(row, name) for name in ("plain", "original"))
+    return [f"{row['case']}, {row['direction']}", _milliseconds(row), *shares, *longer]
+
+
+def _milliseconds(row: dict) -> str:
+    time = row["times"]["ours"]
+    return f"{1e3 * time['median']:.2f} ± {500 * time['spread']:.2f} ms"
+
+
+def _share(row: dict, ceiling: str) -> str:
+    if ceiling not in row["ceilings"]:
+        return "–"
+    amount = row["bytes" if ceiling == "copy" else "flops"]
+    return f"{100 * amount / row['times']['ours']['median'] / row['ceilings'][ceiling]:.0f} %"
+
+
+def _longer(row: dict, name: str) -> str:
+    if name not in row["times"]:
+        return "–"
+    return f"{row['times'][name]['median'] / row['times']['ours']['median']:.1f} x as long"
+
+
+def memory_table(results: dict) -> str:
+    """Peak memory of a gate's forward and backward."""
+    rows = [row for row in results["rows"] if "memory" in row]
+    names = ("ours", "plain", "original")
+    cells = ([row["case"], *(_megabytes(row["memory"][name]) for name in names)] for row in rows)
+    return table(("forward + backward", "ours", "best plain PyTorch", "original"), cells)
+
+
+def model_table(results: dict) -> str:
+    """Milliseconds of every model in every setting, eager and compiled, and peak memory."""
+    rows = results["rows"]
+    header = ["ms, eager / `torch.compile`", *(f"{row['what']}, batch {row['batch']}" for row in rows)]
+    header += [f"peak memory, batch {row['batch']}" for row in rows if "memory" in row]
+    lines = []
+    for name, shown in MODEL_NAMES.items():
+        if name in rows[0]["times"]:
+            memory = (_megabytes(row["memory"][name]) for row in rows if "memory" in row)
+            lines.append([shown, *(_both(row["times"], name) for row in rows), *memory])
+    return table(header, lines)
+
+
+def _both(times: dict, name: str) -> str:
+    compiled = times.get(f"{name}, compiled")
+    return f"{_short(times[name])} / {_short(compiled) if compiled else '–'}"
+
+
+def _short(time: dict) -> str:
+    return f"{1e3 * time['median']:.0f}"
+
+
+def _megabytes(size: int | None) -> str:
+    return "–" if size is None else f"{size / 2**20:.0f} MiB"
+
+
+def ceiling_table(results: dict) -> str:
+    """How far the machine could be relied on."""
+    units = {"gemm": "`torch.matmul`, GF/s", "onednn": "oneDNN, GF/s", "copy": "copy, GB/s"}
+    columns = ("median", "first", "last", "least", "most")
+    cells = (
+        [units[name], *(f"{rate[column] / 1e9:.0f}" for column in columns)]
+        for name, rate in results["ceilings"].items()
+    )
+    return table(("ceiling", *columns), cells)
+
+
+def target_table(targets: Iterable[Target]) -> str:
+    """What is to be reached, and what was."""
+    return table(("quantity", "measured", "target", "holds"), (target.cells() for target in targets))
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table."""
+    header = list(header)
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def main() -> None:
+    from .plots import draw
+
+    gate, models = load("cpu"), load("cpu_models")
+    for document in DOCUMENTS:
+        document.write_text(fill(document.read_text(), gate, models))
+    draw(gate, models, ROOT / "docs" / "images")
+
+
+if __name__ == "__main__":
+    main()

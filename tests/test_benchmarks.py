@@ -1,0 +1,235 @@
+"""The benchmarks run, write what the documents are made from, and the documents say what they wrote.
+
+Sizes are tiny and nothing is said about times.
+"""
+
+import json
+import re
+import time
+from functools import partial
+
+import pytest
+import torch
+
+pytest.importorskip("timm", reason="the benchmarks measure timm's models")
+pytest.importorskip("matplotlib", reason="the benchmarks draw figures")
+
+from benchmarks import bench_models, bench_pos_gate, report, targets, timing
+from benchmarks.gate_cases import CASES, SWEEPS, Gate
+from benchmarks.gate_contenders import Contender, Settings, check, contender
+from benchmarks.plots import draw
+
+CPU = torch.device("cpu")
+SETTINGS = Settings(CPU, torch.float32)
+TIME = {"median", "spread", "runs"}
+MACHINE = {"processor", "instructions", "cores", "threads", "torch", "python", "commit", "date"}
+
+
+@pytest.fixture(autouse=True)
+def small_ceilings(monkeypatch):
+    monkeypatch.setattr(timing.Ceilings.__init__, "__defaults__", (64,))
+
+
+# ---- the gate ----
+
+
+def test_gate_benchmark_writes_everything(tmp_path, capsys):
+    """The whole program on its smallest case, compiled contender and memory included."""
+    out = tmp_path / "new" / "gate.json"
+    small = ["--batch", "1", "--seconds", "0", "--rounds", "1", "--no-sweeps"]
+    bench_pos_gate.main(["--case", "stage 4", "--out", str(out), *small])
+    results = json.loads(out.read_text())
+    assert set(results["machine"]) == MACHINE
+    assert set(results["ceilings"]) >= {"gemm", "copy"}
+    forward, both = results["rows"]
+    assert (forward["direction"], both["direction"]) == ("forward", "forward + backward")
+    timed = {"ours", "ours, gelu", "gelu alone", "plain", "original", "original, compiled", "bytes copied"}
+    assert set(forward["times"]) == timed | {"plain, P given"}
+    assert set(both["times"]) == timed
+    for row in results["rows"]:
+        assert all(set(time) == TIME and time["median"] > 0 for time in row["times"].values())
+    assert both["flops"] == 4 * forward["flops"] == 8 * 49 * 49 * 768
+    assert forward["bytes"] == 3 * 49 * 768 * 4
+    assert set(both["memory"]) == {"ours", "plain", "original"}
+    assert "stage 4, forward: times the time to copy its bytes" in capsys.readouterr().out
+
+
+def test_unknown_cases_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        bench_pos_gate.main(["--case", "stage 5"])
+    assert "got ['stage 5']" in capsys.readouterr().err
+
+
+def test_sweeps():
+    points = {side: Gate("tiny", side, 2, 4, 2, 1, against=("plain", "original")) for side in (2, 4)}
+    effort, ceilings = bench_pos_gate.Effort(0, 1, False), timing.Ceilings(CPU, torch.float32)
+    rows = bench_pos_gate.sweep(points, SETTINGS, effort, ceilings)
+    assert [row["size"] for row in rows] == [2, 4]
+    assert all(set(row["times"]) == {"ours", "plain", "original"} for row in rows)
+
+
+@pytest.mark.parametrize("encoding", ["gqpe", "lrpe", "lrpe_m"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backward", [False, True])
+def test_contenders_agree(encoding, dtype, backward):
+    against = ("ours, gelu", "plain", "original") if encoding == "gqpe" else ("ours, gelu", "plain")
+    case = Gate(
+        "tiny", 8, 4, 12, 1 if encoding == "lrpe_m" else 3, 2, encoding, trained=True, against=against
+    )
+    settings = Settings(CPU, dtype)
+    check(case, {name: contender(case, name, settings) for name in ("ours", *against)}, backward, settings)
+
+
+def test_a_wrong_contender_is_found():
+    case = Gate("tiny", 4, 2, 4, 2, 1)
+    ours = contender(case, "ours", SETTINGS)
+    wrong = Contender(lambda x: ours.function(x) * 1.001, ours.x, ours.dz)
+    for backward in (False, True):
+        with pytest.raises(RuntimeError, match="plain differs from the reference on tiny"):
+            check(case, {"ours": ours, "plain": wrong}, backward, SETTINGS)
+
+
+def test_cases_are_distinct_and_fit():
+    assert len({case.name for case in CASES}) == len(CASES)
+    for case in (*CASES, *(gate for points in SWEEPS.values() for gate in points.values())):
+        case.layer()  # raises for sizes that do not fit
+        assert case.tiled or "original" not in case.against
+
+
+def test_flops_count_the_pairs_of_tokens_that_share_a_window():
+    window, side, shift = 3, 7, 2
+    place = (torch.arange(side) + shift) // window
+    window_of = torch.cartesian_prod(place, place)  # [tokens, 2]
+    pairs = (window_of.unsqueeze(0) == window_of.unsqueeze(1)).all(-1).sum().item()
+    case = Gate("partial", side, window, 5, 1, 2, shift=shift)
+    assert case.flops(backward=False) == 2 * 2 * pairs * 5
+    assert Gate("whole", 6, 3, 5, 1, 2).flops(backward=False) == 2 * 2 * 36 * 9 * 5
+
+
+# ---- models ----
+
+
+def test_model_benchmark():
+    """Inference and training of a small model, eager and compiled."""
+    for training in (False, True):
+        setting = bench_models.Setting(training, 2, 32, CPU, torch.float32)
+        row = bench_models.measure(["posmlp_nano"], ["posmlp_nano"], setting, 0, 1)
+        assert row["what"] == ("training step" if training else "inference")
+        assert set(row["times"]) == {"posmlp_nano", "posmlp_nano, compiled"}
+        assert ("memory" in row) == training
+        assert len(bench_models.lines(row)) == 3
+
+
+def test_the_original_and_ours_compute_the_same():
+    setting = bench_models.Setting(False, 1, 224, CPU, torch.float32)
+    names = (targets.OURS, targets.ORIGINAL)
+    works = {name: bench_models.work_of(name, setting) for name in names}
+    bench_models.check(works, torch.float32)
+    works[targets.ORIGINAL] = lambda: works[targets.OURS]() * 1.01
+    with pytest.raises(RuntimeError, match="original PosMLP-T computes something else"):
+        bench_models.check(works, torch.float32)
+
+
+def test_a_training_step_trains():
+    step = bench_models.work_of("posmlp_nano", bench_models.Setting(True, 4, 32, CPU, torch.float32))
+    losses = [step().item() for _ in range(5)]
+    assert losses[-1] < losses[0]
+
+
+def test_model_program(tmp_path):
+    out, models = tmp_path / "models.json", ["--models", targets.OURS]
+    small = ["--batch", "1", "--train-batch", "--seconds", "0", "--rounds", "1", "--no-compile"]
+    bench_models.main([*models, *small, "--out", str(out)])
+    results = json.loads(out.read_text())
+    assert set(results) == {"machine", "timm", "device", "dtype", "size", "ceilings", "rows"}
+    assert set(results["machine"]) == MACHINE
+    assert [set(row["times"]) for row in results["rows"]] == [{targets.OURS}]
+
+
+# ---- measuring ----
+
+
+def test_contenders_take_turns():
+    calls = []
+
+    def work(name):
+        calls.append(name)
+        time.sleep(0.005)
+
+    times = timing.race({name: partial(work, name) for name in "ab"}, 0, 3)
+    assert re.sub(r"(.)\1*", r"\1", "".join(calls)) == "ab" * 4  # a round that does not count, and three
+    assert times["a"].runs < calls.count("a")
+
+
+def test_time_of_runs():
+    assert timing.Time.of([3.0]) == timing.Time(3.0, 0.0, 1)
+    assert timing.Time.of([1.0, 2.0, 3.0]).median == 2.0
+
+
+def _holding(megabytes):
+    kept = torch.ones(megabytes * 2**18)
+    return lambda: kept + 1
+
+
+@pytest.mark.skipif(not timing.Path("/proc/self/status").exists(), reason="only Linux tells")
+def test_peak_memory():
+    mark = timing.peak_memory(_holding, 100)
+    assert 200 <= mark / 2**20 < 260  # what is kept and one result
+
+
+# ---- targets and documents ----
+
+CPU_RUN = {"device": "cpu", "dtype": "float32"}
+
+
+def test_targets_of_a_gate():
+    times = {"ours": 0.01, "ours, gelu": 0.011, "gelu alone": 0.02, "original": 0.05, "bytes copied": 0.002}
+    row = {
+        "case": "stage 2",
+        "direction": "forward",
+        "flops": 1.6e9,
+        "bytes": 1,
+        "times": {name: {"median": time} for name, time in times.items()},
+        "ceilings": {"gemm": 2e11, "copy": 1e10},
+    }
+    share, faster, gelu = targets.gate_targets(CPU_RUN | {"rows": [row]})
+    assert (share.value, share.holds) == (pytest.approx(0.8), True)
+    assert (faster.value, faster.holds) == (pytest.approx(5), False)
+    assert (gelu.value, gelu.holds) == (pytest.approx(10), True)
+    assert "eager GELU alone: 200 %" in gelu.what
+    copied = row | {"case": "stage 4", "bytes": 6e7}
+    assert targets.gate_targets(CPU_RUN | {"rows": [copied]})[0].value == pytest.approx(0.01 / 0.006)
+    assert "5.0 if caches hold them" in targets.gate_targets(CPU_RUN | {"rows": [copied]})[0].what
+    assert targets.gate_targets({"device": "cpu", "dtype": "bfloat16", "rows": [row]}) == []
+
+
+def test_targets_of_models():
+    times = dict(zip((targets.OURS, *targets.RIVALS, targets.ORIGINAL), (6, 10, 8, 15), strict=True))
+    times |= {f"{targets.RIVALS[0]}, compiled": 7}
+    row = {
+        "what": "training step",
+        "batch": 8,
+        "times": {name: {"median": time} for name, time in times.items()},
+        "memory": {targets.OURS: 6, targets.ORIGINAL: 8},
+    }
+    eager, compiled, faster, memory = targets.model_targets(CPU_RUN | {"rows": [row]})
+    assert (eager.value, eager.bound) == (0.75, 0.85)
+    assert (compiled.value, compiled.bound) == (6 / 7, 0.95)
+    assert (faster.value, faster.bound, faster.holds) == (2.5, 2.2, True)
+    assert (memory.value, memory.bound, memory.holds) == (0.75, 0.6, False)
+
+
+@pytest.mark.parametrize("document", report.DOCUMENTS, ids=lambda path: path.name)
+def test_documents_say_what_was_measured(document):
+    text = document.read_text()
+    assert (
+        text.count("<!-- measured: ") == text.count("<!-- end -->") == {"README.md": 2}.get(document.name, 4)
+    )
+    filled = report.fill(text, report.load("cpu"), report.load("cpu_models"))
+    assert filled == text, "run python -m benchmarks.report"
+
+
+def test_figures(tmp_path):
+    draw(report.load("cpu"), report.load("cpu_models"), tmp_path)
+    names = {"benchmark_gate.png", "benchmark_scaling.png", "benchmark_models.png"}
+    assert {path.name for path in tmp_path.iterdir()} == names
