@@ -3,8 +3,8 @@
     python -m benchmarks.structure [--out FILE]
 
 Dense takes N. Packed is what the CPU kernel does: for every tile of 7 queries the keys whose weight could
-show in a rounded result. Separable is a pass over rows and one over columns for each term of the table's expansion
-into outer products, with as many terms as the same accuracy needs. Nothing is timed here.
+show in a rounded result. Separable is a pass over rows and one over columns for each term of the table's
+expansion into outer products, with as many terms as the same accuracy needs. Nothing is timed here.
 """
 
 from __future__ import annotations
