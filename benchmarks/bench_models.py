@@ -51,7 +51,8 @@ def build(name: str, setting: Setting) -> nn.Module:
         model = create_model(OURS)
         model = OriginalStylePosMLP.like(model) if name == ORIGINAL else model
     else:
-        model = optional("timm", "models").create_model(name)
+        # No random depth, which ours has only on request, so that losses can be compared.
+        model = optional("timm", "models").create_model(name, drop_path_rate=0.0)
         nn.init.trunc_normal_(model.get_classifier().weight, std=0.02)  # gMLP's zeros would hide differences
     return model.to(setting.device, setting.dtype).train(setting.training)
 
