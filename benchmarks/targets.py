@@ -79,6 +79,8 @@ def _of_models(row: dict) -> Iterator[Target]:
     where = f"{row['what']}, batch {row['batch']}"
     training = row["what"] == "training step"
     times = {name: time["median"] for name, time in row["times"].items()}
+    if OURS not in times:
+        return
     for how, suffix, bound in (("eager", "", 0.85 if training else 0.8), ("compiled", ", compiled", 0.95)):
         rivals = [times[name + suffix] for name in RIVALS if name + suffix in times]
         if rivals:

@@ -217,6 +217,8 @@ def test_targets_of_models():
     assert (compiled.value, compiled.bound) == (6 / 7, 0.95)
     assert (faster.value, faster.bound, faster.holds) == (2.5, 2.2, True)
     assert (memory.value, memory.bound, memory.holds) == (0.75, 0.6, False)
+    del row["times"][targets.OURS]
+    assert targets.model_targets(CPU_RUN | {"rows": [row]}) == []
 
 
 @pytest.mark.parametrize("document", report.DOCUMENTS, ids=lambda path: path.name)
