@@ -137,7 +137,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--compile", nargs="*", choices=NAMES, help="what to compile; default: every model")
     parser.add_argument("--no-compile", action="store_const", dest="compile", const=[], help="none")
     parser.add_argument("--seconds", type=float, default=1.5, help="for each contender of a setting")
-    parser.add_argument("--rounds", type=int, default=4, help="at least")
+    parser.add_argument("--rounds", type=int, default=3, help="at least")
     parser.add_argument("--out", type=Path, help="write the results as JSON")
     given = parser.parse_args(arguments)
     compiled = [n for n in given.models if given.compile is None or n in given.compile]
