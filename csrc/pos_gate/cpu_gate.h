@@ -66,11 +66,12 @@ class Gate {
       : call_(call), shape_(call.shape), depth_(shape_.group_channels()), z_view_(shape_.contiguous(shape_.channels)),
         dx_view_(shape_.contiguous(2 * shape_.channels)), token_view_(shape_.contiguous(1)),
         workspace_(Workspace<A>::of_thread()), mixing_(call, workspace_.mixing) {
+    int64_t most_tokens = 0;
     for (const auto& cls : window_classes(shape_)) {
       windows_.emplace_back(call_, cls, z_view_, dx_view_, token_view_);
-      most_tokens_ = std::max(most_tokens_, cls.tokens());
+      most_tokens = std::max(most_tokens, cls.tokens());
     }
-    ld_ = round_up(round_up(most_tokens_, kTileRows), kLanes);
+    ld_ = round_up(round_up(most_tokens, kTileRows), kLanes);
   }
   ~Gate() { workspace_.release_if_large(); }
 
@@ -389,5 +390,5 @@ class Gate {
   // Tiles [kTileRows, kPanel]; y is the one at hand, done the one before it.
   A *x2_ = nullptr, *slope2_ = nullptr, *dz_ = nullptr, *y_ = nullptr, *done_ = nullptr;
   A* dp_ = nullptr;  // [tokens, tokens] of the window class at hand
-  int64_t most_tokens_ = 0, ld_ = 0, group_ = 0;
+  int64_t ld_ = 0, group_ = 0;
 };

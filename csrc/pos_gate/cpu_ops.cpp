@@ -119,7 +119,7 @@ Arguments read(const Tensor& x, const MaybeTensor& table, const MaybeTensor& bia
   return a;
 }
 
-// An output of x's type. Fresh memory costs a page fault for every 4 KB, which together take as long as the gate: large
+// An output of x's type. Fresh memory costs a page fault for every 4 KB: large
 // outputs ask for huge pages, as NumPy's arrays do.
 Tensor output(const Arguments& a, const Sizes& sizes) {
   Tensor tensor = torch::stable::new_empty(a.x, sizes);

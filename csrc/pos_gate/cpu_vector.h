@@ -106,7 +106,7 @@ struct ActivationValue {
 };
 
 // Phi, the normal distribution function, in float32: 1/2 + x P(x^2) / Q(x^2), within 1e-8 of it up to kEnd and exactly 0
-// below -kEnd, where the sum would leave a trace. With roundings x Phi(x) errs half as much as eager PyTorch's GELU.
+// below -kEnd, where the sum would leave a trace.
 inline FloatVec normal_cdf(FloatVec x) {
   constexpr float kEnd = 5.55f;
   constexpr float kP[] = {2.244276942e-8f, 6.352734090e-6f, 1.712741359e-4f,

@@ -164,9 +164,11 @@ def activation_slope(b_x, ACT: tl.constexpr):
         b_density = 0.3989422804014327 * tl.exp(-0.5 * b_x * b_x)
         b_slope = 0.5 * (1.0 + tl.erf(b_x * 0.7071067811865476)) + b_x * b_density
     elif ACT == "gelu_tanh":
-        b_gate = 1.0 / (1.0 + tl.exp(-1.5957691216057308 * (b_x + 0.044715 * b_x * b_x * b_x)))
+        b_twice = 1.5957691216057308 * (b_x + 0.044715 * b_x * b_x * b_x)
+        b_gate = 1.0 / (1.0 + tl.exp(-b_twice))
+        b_rest = 1.0 / (1.0 + tl.exp(b_twice))  # 1 - gate, uncancelled
         b_inner = 1.5957691216057308 * (1.0 + 0.134145 * b_x * b_x)
-        b_slope = b_gate + b_x * b_gate * (1.0 - b_gate) * b_inner
+        b_slope = b_gate + b_x * b_gate * b_rest * b_inner
     return b_slope
 
 

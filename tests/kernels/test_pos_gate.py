@@ -191,3 +191,30 @@ def test_every_case_has_a_reason_and_a_name_of_its_own():
     assert len({case.name for case in CASES}) == len(CASES)
     assert all(len(case.why.split()) > 2 for case in CASES)
     assert {case.name for case in CASES} >= SAMPLE
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+@over_backends()
+def test_activations_from_tail_to_tail(backend, activation):
+    """Values and slopes no worse than eager's, and nothing left of what is far below zero."""
+    x2 = torch.linspace(-12, 12, 301 if interpreted(backend) else 50001, device=device_of(backend))
+    far = torch.tensor([-1e30, -100.0, 100.0, 1e30], device=x2.device)
+
+    def gated(values):  # windows of one token: P = 1, and act(X1) = act(0) = 0, so that Z = b * act(X2)
+        x = torch.stack([torch.zeros_like(values), values], -1).unsqueeze(0)
+        table, one = torch.zeros(1, 1, device=x2.device), torch.ones(1, device=x2.device)
+        return pos_gate(
+            x, table, one, window=(1,), softmax=True, activation=activation, backend=backend
+        ).flatten()
+
+    def eager(values):
+        return torch.nn.functional.gelu(values, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+    def value_and_slope(function, values):
+        values = values.detach().requires_grad_()
+        y = function(values)
+        return {"value": y.detach(), "slope": torch.autograd.grad(y.sum(), values)[0]}
+
+    truth = value_and_slope(eager, x2.double().cpu())
+    assert_no_worse(value_and_slope(gated, x2), value_and_slope(eager, x2), truth)
+    assert torch.equal(gated(far).cpu(), torch.tensor([0.0, 0.0, 100.0, 1e30]))
