@@ -1,4 +1,4 @@
-"""Relative positional encodings: a choice of the relative table, and the mixing matrix that it generates.
+"""Relative positional encodings: a choice of the relative table.
 
 A table R holds one value for every displacement delta = position(key) - position(query) inside a window,
 `[S, 2h-1, 2w-1]`, indexed by `delta + (h-1, w-1)`.
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .problem import accumulate_dtype, check_mixing, without_autocast
+from .problem import accumulate_dtype, without_autocast
 
 
 def gqpe_table(center: Tensor, factor: Tensor, window: int | Sequence[int]) -> Tensor:
@@ -63,39 +63,3 @@ def gqpe_isotropic_table(center: Tensor, scale: Tensor, window: int | Sequence[i
     groups, rank = center.shape
     identity = torch.eye(rank, device=center.device, dtype=center.dtype).expand(groups, rank, rank)
     return gqpe_table(scale.square().unsqueeze(-1) * center, identity, window)
-
-
-def expand_table(table: Tensor, window: tuple[int, ...]) -> Tensor:
-    """`R[S, *(2*window-1)] -> L[S, N, N]`, `L[g, i, j] = R[g, position(j) - position(i)]`."""
-    rank = len(window)
-    for axis, size in enumerate(window, start=1):
-        table = table.unfold(axis, size, 1)  # a row of keys for each query, the last query first
-    return table.flip(tuple(range(1, rank + 1))).flatten(1, rank).flatten(2)
-
-
-def mixing_matrix(
-    table: Tensor | None, window: int | Sequence[int], softmax: bool, matrix: Tensor | None = None
-) -> Tensor:
-    """The mixing matrix `P` of a whole window, query x key, as the operator generates it.
-
-    Args:
-        table: `[S, *(2*window-1)]` or None.
-        window: one size per map dimension (an int stands for all of the table's dimensions).
-        softmax: normalise every row over its keys.
-        matrix: `[N, N]` or `[S, N, N]`, added to the table's values before the softmax.
-
-    Returns: `[S, N, N]`. Raises: `ValueError` for shapes that do not fit.
-    """
-    if isinstance(window, int):
-        if table is None:
-            raise ValueError(
-                f"window must be one size per map dimension where there is no table, got {window!r}"
-            )
-        window = (window,) * (table.dim() - 1)
-    window, _ = check_mixing(table, window, matrix)
-    logits = 0 if table is None else expand_table(table, window)
-    if matrix is not None:
-        logits = logits + matrix
-    if logits.dim() == 2:
-        logits = logits.unsqueeze(0)
-    return logits.softmax(-1) if softmax else logits

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..encodings import mixing_matrix
+from ..mixing import mixing_matrix
 from ..problem import Problem, accumulate_dtype, without_autocast
 
 
