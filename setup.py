@@ -11,9 +11,7 @@ from pathlib import Path
 
 from setuptools import setup
 
-CPU_SOURCES = sorted(
-    str(path) for path in [Path("csrc/module.cpp"), *Path("csrc/pos_gate").glob("cpu_*.cpp")]
-)
+CPU_SOURCES = sorted(str(path) for path in [Path("csrc/module.cpp"), *Path("csrc").rglob("cpu_*.cpp")])
 HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.h"))
 STABLE_ABI = ["-DPy_LIMITED_API=0x030A0000", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
 # Not -ffast-math: it would flush subnormals in the whole process and lose NaN.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ContextDecorator
 from dataclasses import dataclass
 
@@ -82,7 +82,8 @@ _announced: set[str] = set()
 class use_backend(ContextDecorator):  # noqa: N801 (reads as torch.no_grad does)
     """Run every `pos_gate` inside the `with` block, or inside the decorated function, on one back end.
 
-    `None` gives the automatic choice back. A `backend=` argument of a call is stronger.
+    `None` gives the automatic choice back. A `backend=` argument of a call is stronger. A `gqpe_table`
+    follows where that back end can make it; elsewhere the fastest one does.
     Raises: `ValueError` for a name that is not a back end's.
     """
 
@@ -130,6 +131,22 @@ def choose(problem: Problem, name: str | None = None) -> Backend:
     if backend.name == "reference" and not torch.compiler.is_compiling():
         _announce_slow_choice(problem)
     return backend
+
+
+def choose_able(problem: Problem, names: Sequence[str]) -> Backend:
+    """The back end, among the named ones and the reference, for what a gate needs made: never an error.
+
+    It is the one that is in force where that can serve, else the fastest that can.
+    """
+    forced = _forced.names[-1] if _forced.names else None
+    able = [b for b in BACKENDS if b.name in names and not b.refusals(problem)]
+    for backend in able:
+        if backend.name == forced:
+            return backend
+    for backend in able:
+        if forced != "reference" and not backend.declined(problem):
+            return backend
+    return find_backend("reference")
 
 
 def describe(problem: Problem | None, name: str | None = None) -> str:

@@ -1,7 +1,8 @@
 """Relative positional encodings: a choice of the relative table.
 
 A table R holds one value for every displacement delta = position(key) - position(query) inside a window,
-`[S, 2h-1, 2w-1]`, indexed by `delta + (h-1, w-1)`.
+`[S, 2h-1, 2w-1]`, indexed by `delta + (h-1, w-1)`. The quadratic one is an operator of its own, one call for
+each direction: compiled on the CPU, Triton where that is asked for, plain PyTorch elsewhere.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .problem import accumulate_dtype, without_autocast
+from .dispatch import choose_able
+from .gqpe_table import ops, reference
+from .problem import Problem, accumulate_dtype
 
 
 def gqpe_table(center: Tensor, factor: Tensor, window: int | Sequence[int]) -> Tensor:
@@ -26,7 +29,8 @@ def gqpe_table(center: Tensor, factor: Tensor, window: int | Sequence[int]) -> T
 
     Returns: `[S, *(2*window-1)]`, differentiable in both arguments; float32 for parameters in half
     precision, because a rounded exponent is a wrong weight.
-    Raises: `ValueError` for shapes that do not fit, `TypeError` for a dtype that is not floating point.
+    Raises: `ValueError` for shapes or devices that do not fit, `TypeError` for a dtype that is not floating
+    point.
     """
     if not center.is_floating_point() or center.dtype != factor.dtype:
         raise TypeError(
@@ -40,15 +44,32 @@ def gqpe_table(center: Tensor, factor: Tensor, window: int | Sequence[int]) -> T
     window = (window,) * rank if isinstance(window, int) else tuple(window)
     if len(window) != rank or min(window) < 1:
         raise ValueError(f"window must be {rank} sizes of at least 1, got {list(window)}")
+    if factor.device != center.device:
+        raise ValueError(f"factor must be on center's device {center.device}, got {factor.device}")
 
     dtype = accumulate_dtype(center.dtype)
     center, factor = center.to(dtype), factor.to(dtype)
-    axes = [torch.arange(1 - w, w, device=center.device, dtype=dtype) for w in window]
-    delta = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)  # [*(2*window-1), d]
-    centers = center.view(groups, *(1,) * rank, rank)
-    with without_autocast(center.device):
-        projected = (delta - centers).flatten(1, -2) @ factor  # [S, prod(2*window-1), d]
-    return (-0.5 * projected.square().sum(-1)).view(groups, *(2 * w - 1 for w in window))
+    backend = choose_able(_gate_problem(center, window), ops.BACKENDS).name
+    if backend == "reference":
+        return reference.table(center, factor, window)
+    return ops.run(backend, center, factor, window)
+
+
+def _gate_problem(center: Tensor, window: tuple[int, ...]) -> Problem:
+    """The smallest gate that the table serves: what can run it can make its table."""
+    return Problem(
+        device=center.device,
+        dtype=center.dtype,
+        batch=1,
+        map=window,
+        window=window,
+        shift=(0,) * len(window),
+        groups=center.shape[0],
+        channels=center.shape[0],
+        softmax=True,
+        activation="none",
+        eps=None,
+    )
 
 
 def gqpe_isotropic_table(center: Tensor, scale: Tensor, window: int | Sequence[int]) -> Tensor:

@@ -7,6 +7,7 @@ torch.compile, export and vmap need to know nothing about the kernels.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -40,6 +41,14 @@ class Operator:
     fake_backward: Callable[..., tuple[Tensor, ...]]
     reference: Callable[..., Tensor]
     backward_flags: Callable[[Sequence[bool]], tuple[bool, ...]] = _no_flags
+
+    def is_defined(self, backend: str) -> bool:
+        """Whether some loaded library defines the ops of a back end."""
+        try:
+            self.overloads(backend)
+        except AttributeError:
+            return False
+        return True
 
     def overloads(self, backend: str) -> tuple[torch._ops.OpOverload, torch._ops.OpOverload]:
         """The forward and the backward op of a registered back end."""
@@ -84,12 +93,19 @@ class Operator:
         return torch.func.vjp(forward, *_given(inputs))[1](dz)
 
 
+def _keep_signature(function: Callable) -> Callable:
+    """`Function.apply` asks for the signature in every call; finding it out takes longer than a small op."""
+    function.__signature__ = inspect.signature(function)
+    return function
+
+
 class _Forward(torch.autograd.Function):
     """Saves its inputs only; backward recomputes what it needs."""
 
     generate_vmap_rule = True
 
     @staticmethod
+    @_keep_signature
     def forward(operator, backend, *args):
         return operator.overloads(backend)[0](*args)
 
@@ -120,6 +136,7 @@ class _Backward(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @_keep_signature
     def forward(operator, backend, *args):
         return operator.overloads(backend)[1](*args)
 

@@ -13,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("posmlp_kernels", "posmlp")
+OPERATORS = ("pos_gate", "gqpe_table")
 
 
 def tracked(*suffixes):
@@ -70,7 +71,7 @@ def test_imports_point_one_way(low, high):
 def test_back_ends_do_not_import_upwards():
     """A back end knows the ops and the problem, not what chooses between back ends."""
     for path in python_files("posmlp_kernels"):
-        if path.parent.name != "pos_gate":
+        if path.parent.name not in OPERATORS:
             continue
         relative = [
             n.module or "" for n in ast.walk(parsed(path)) if isinstance(n, ast.ImportFrom) and n.level
@@ -126,16 +127,17 @@ def test_no_swallowed_keyword_arguments():
             assert uses, f"{name_of(path)}:{node.name} drops **{name}"
 
 
-def test_the_compiled_schema_is_the_one_schema():
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_the_compiled_schema_is_the_one_schema(operator):
     """The text in C++ is what Python registers fakes and gradients for."""
-    from posmlp_kernels.pos_gate import ops
+    ops = importlib.import_module(f"posmlp_kernels.{operator}.ops")
 
     def squeezed(text):
         return re.sub(r"\s+", "", text)
 
     source = "\n".join(p.read_text() for p in tracked(".cpp", ".h", ".cu") if "csrc" in p.parts)
     source = squeezed(re.sub(r'"\s*"', "", source))  # adjacent literals are one
-    for name, schema in (("pos_gate", ops.FORWARD_SCHEMA), ("pos_gate_backward", ops.BACKWARD_SCHEMA)):
+    for name, schema in ((operator, ops.FORWARD_SCHEMA), (f"{operator}_backward", ops.BACKWARD_SCHEMA)):
         assert squeezed(f"{name}.cpu{schema}") in source, f"csrc does not define {name}.cpu{schema}"
 
 

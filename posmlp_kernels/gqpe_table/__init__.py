@@ -1,0 +1,1 @@
+"""The group-wise quadratic table as an operator: its specification and its back ends."""
