@@ -27,7 +27,7 @@ struct Call {
   View dz_view;
   void* dx;
   void* dx_normed;                                       // [B * map, C], the gradient of the normed X1
-  void *dtable_parts, *dmatrix_parts, *dbias_parts;      // [groups x splits, ...], null if not wanted
+  void *dtable_parts, *dmatrix_parts, *dbias_parts;      // [splits x groups, ...], null if not wanted
   void *dnorm_weight_parts, *dnorm_bias_parts;           // [norm_blocks, C]
   int64_t splits;                                        // shares of a group's columns
   int64_t norm_blocks;
@@ -35,8 +35,8 @@ struct Call {
   int64_t units() const { return shape.groups * splits; }
 };
 
-// Work is cut into units (group, split of the columns), fixed by the shape and never by the number of threads, so that
-// sums come out the same for any number of threads.
+// Work is cut into units (split of the columns, group). Where sums cross them their number is fixed by the shape and never
+// by the number of threads, so that sums come out the same for any number of threads.
 struct Kernels {
   const char* name;
   void (*statistics)(const Call&, int64_t first_token, int64_t last_token);

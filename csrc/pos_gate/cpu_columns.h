@@ -36,6 +36,10 @@ struct Map {
   U* at(const Piece& piece, int64_t token) const {
     return data + piece.*origin + piece.channel + offset[token];
   }
+  // The rows of the tokens from `first` on: row(k)[channel], as few loads as can be.
+  auto rows(const Piece& piece, int64_t first) const {
+    return [start = data + piece.*origin + piece.channel, place = &offset[first]](int64_t k) { return start + place[k]; };
+  }
 };
 
 // Rows that will be wanted soon. Rows as short and as far apart as these no hardware prefetcher foresees, and a core has
@@ -88,33 +92,3 @@ class Wanted {
   size_t at_ = 0;
   int64_t token_ = 0;
 };
-
-// to[k - first, :] for the tokens first <= k < last; columns beyond the pieces are left alone.
-template <class U, class A>
-__attribute__((noinline)) void load_rows(const Map<const U>& map, const Pieces& pieces, int64_t first, int64_t last,
-                                         A* to) {
-  const int64_t* offset = &map.offset[first];
-  for (const Piece& piece : pieces) {
-    const U* rows = map.data + piece.*map.origin + piece.channel;
-    const auto source = [=](int64_t k) { return rows + offset[k]; };
-    const auto target = [=, column = piece.column](int64_t k) { return to + k * kPanelOf<A> + column; };
-    if constexpr (std::is_same_v<U, A>)
-      copy_rows<A>(last - first, piece.count, source, target);
-    else
-      for (int64_t k = 0; k < last - first; ++k) load_row(source(k), target(k), piece.count);
-  }
-}
-template <class U, class A>
-__attribute__((noinline)) void store_rows(const A* from, const Map<U>& map, const Pieces& pieces, int64_t first,
-                                          int64_t last) {
-  const int64_t* offset = &map.offset[first];
-  for (const Piece& piece : pieces) {
-    U* rows = map.data + piece.*map.origin + piece.channel;
-    const auto source = [=, column = piece.column](int64_t k) { return from + k * kPanelOf<A> + column; };
-    const auto target = [=](int64_t k) { return rows + offset[k]; };
-    if constexpr (std::is_same_v<U, A>)
-      copy_rows<A>(last - first, piece.count, source, target);
-    else
-      for (int64_t k = 0; k < last - first; ++k) store_row(source(k), target(k), piece.count);
-  }
-}

@@ -15,7 +15,7 @@
 // A thread's buffers, kept from call to call so that no pages are faulted in again.
 template <class A>
 struct Workspace {
-  std::vector<A> storage;
+  std::vector<A> storage, bias;   // bias: [tokens] of the window class at hand, zeros if there is none
   std::vector<double> bias_sums;  // [tokens, lanes] of the window class at hand
   MixingBuffers<A> mixing;
   Packed<A> rows, columns;
@@ -76,13 +76,13 @@ class Gate {
   ~Gate() { workspace_.release_if_large(); }
 
   void forward(int64_t first_unit, int64_t last_unit) {
-    Allotment<A> allot(workspace_.storage, ld_ * kPanel + 3 * kTile, 4);
-    take(allot, {{&x1_, ld_ * kPanel}, {&x2_, kTile}, {&y_, kTile}, {&done_, kTile}});
+    Allotment<A> allot(workspace_.storage, ld_ * kPanel + 2 * kTile, 3);
+    take(allot, {{&x1_, ld_ * kPanel}, {&y_, kTile}, {&done_, kTile}});
     for (int64_t unit = first_unit; unit < last_unit; ++unit)
       for_each_class(unit, [&](const Window& window, int64_t first, int64_t last) {
         mixing_.pack_rows(workspace_.rows);
         for_each_panel(window, first, last, [&](int64_t, int64_t columns) {
-          if (columns < kPanel) clear({{x1_, ld_ * kPanel}, {x2_, kTile}});
+          if (columns < kPanel) clear({{x1_, ld_ * kPanel}});
           load_x1(window, nullptr);
           forward_panel(window, columns);
         });
@@ -92,10 +92,9 @@ class Gate {
   void backward(int64_t first_unit, int64_t last_unit) {
     const bool mixing = call_.dtable_parts || call_.dmatrix_parts;
     const int64_t panel = ld_ * kPanel, matrix = mixing ? ld_ * ld_ : 0;
-    Allotment<A> allot(workspace_.storage, (2 + 2 * kPanels) * panel + 5 * kTile + matrix, 10);
+    Allotment<A> allot(workspace_.storage, (2 + 2 * kPanels) * panel + 2 * kTile + matrix, 7);
     take(allot, {{&x1_, panel}, {&slope1_, panel}, {&du_, kPanels * panel}, {&x1_columns_, kPanels * panel}});
-    take(allot, {{&x2_, kTile}, {&slope2_, kTile}, {&dz_, kTile}, {&y_, kTile}, {&done_, kTile}});
-    take(allot, {{&dp_, matrix}});
+    take(allot, {{&y_, kTile}, {&done_, kTile}, {&dp_, matrix}});
     for (int64_t unit = first_unit; unit < last_unit; ++unit) {
       clear_parts(unit);
       for_each_class(unit, [&](const Window& window, int64_t first, int64_t last) {
@@ -107,9 +106,10 @@ class Gate {
         for_each_panel(window, first, last, [&](int64_t index, int64_t columns) {
           const int64_t slot = index % kPanels;
           A* du = du_ + slot * panel;
-          if (columns < kPanel) clear({{x1_, panel}, {du, panel}, {x2_, kTile}, {dz_, kTile}});
+          if (columns < kPanel) clear({{x1_, panel}, {du, panel}});
           load_x1(window, slope1_);
           backward_panel_to_x2(window, columns, du);
+          if (call_.dbias_parts) add_bias_gradient(window, du);
           backward_panel_to_x1(window, columns, du);
           if (!mixing) return;
           transpose(x1_, kPanel, x1_columns_ + slot * kPanel * ld_, ld_, round_up(window.tokens, kLanes), kPanel);
@@ -128,56 +128,71 @@ class Gate {
   void forward_panel(const Window& window, int64_t columns) {
     const auto x2_map = x_map(window, shape_.channels);
     const Map<T> z_map{static_cast<T*>(call_.z) + first_channel(), &Piece::z, window.z};
-    multiply_panel(
-        window, workspace_.rows, x1_, columns, z_map,
-        [&](int64_t from, int64_t to, int64_t next) {
-          load_rows(x2_map, pieces_, from, to, x2_);
-          want(x2_map, from, to, next);
-          wanted_.add(x_map(window, 0), next_pieces_, from, to);
-        },
-        [&](int64_t from, int64_t to, A* y) {
-          activate<A>(call_.activation, x2_, nullptr, (to - from) * kPanel);
-          gate(window, from, to, x2_, y);
-        });
+    const auto ask = [&](int64_t from, int64_t to) {
+      wanted_.add(x2_map, pieces_, from, to);
+      wanted_.add(z_map, pieces_, from, to);
+      wanted_.add(x_map(window, 0), next_pieces_, from, to);
+    };
+    multiply_panel(window, workspace_.rows, x1_, columns, ask, [&](const Piece& piece, int64_t from, int64_t to) {
+      const auto x2 = x2_map.rows(piece, from);
+      const auto z = z_map.rows(piece, from);
+      const A *y = done_ + piece.column, *bias = &workspace_.bias[from];
+      const Activation activation = call_.activation;
+      for_each_vector<A>(to - from, piece.count, [=](auto lanes, int64_t k, int64_t c) {
+        const auto sum = load<A, lanes>(y + k * kPanel + c) + bias[k];
+        store_as(z(k) + c, sum * activated(activation, load_as<A, lanes>(x2(k) + c)));
+      });
+    });
   }
 
-  // dX2 = dZ * (P X1 + b), and dU = dZ * X2 into `du`.
-  void backward_panel_to_x2(const Window& window, int64_t columns, A* du) {
+  // dX2 = dZ * (P X1 + b), and dU = dZ * X2 into `to_du`.
+  void backward_panel_to_x2(const Window& window, int64_t columns, A* to_du) {
     const auto x2_map = x_map(window, shape_.channels);
+    const auto dx2_map = dx_map(window, shape_.channels);
     const Map<const T> dz_map{static_cast<const T*>(call_.dz) + first_channel(), &Piece::dz, window.dz};
-    multiply_panel(
-        window, workspace_.rows, x1_, columns, dx_map(window, shape_.channels),
-        [&](int64_t from, int64_t to, int64_t next) {
-          load_rows(x2_map, pieces_, from, to, x2_);
-          load_rows(dz_map, pieces_, from, to, dz_);
-          want(x2_map, from, to, next);
-          want(dz_map, from, to, next);
-        },
-        [&](int64_t from, int64_t to, A* y) {
-          const int64_t count = (to - from) * kPanel;
-          activate(call_.activation, x2_, slope2_, count);
-          gate(window, from, to, dz_, y);
-          if (call_.activation != Activation::none) product(count, y, slope2_, y);
-          product(count, dz_, x2_, du + from * kPanel);
-          if (call_.dbias_parts) add_bias_gradient(from, to, du);
-        });
+    const auto ask = [&](int64_t from, int64_t to) {
+      wanted_.add(x2_map, pieces_, from, to);
+      wanted_.add(dz_map, pieces_, from, to);
+      wanted_.add(dx2_map, pieces_, from, to);
+    };
+    multiply_panel(window, workspace_.rows, x1_, columns, ask, [&](const Piece& piece, int64_t from, int64_t to) {
+      const auto x2 = x2_map.rows(piece, from);
+      const auto dz = dz_map.rows(piece, from);
+      const auto dx2 = dx2_map.rows(piece, from);
+      const A *y = done_ + piece.column, *bias = &workspace_.bias[from];
+      const Activation activation = call_.activation;
+      A* du = to_du + from * kPanel + piece.column;
+      for_each_vector<A>(to - from, piece.count, [=](auto lanes, int64_t k, int64_t c) {
+        const auto gradient = load_as<A, lanes>(dz(k) + c);
+        const auto gate = activated_with_slope(activation, load_as<A, lanes>(x2(k) + c));
+        const auto sum = load<A, lanes>(y + k * kPanel + c) + bias[k];
+        store_as(dx2(k) + c, gradient * sum * gate.slope);
+        store(du + k * kPanel + c, gradient * gate.value);
+      });
+    });
   }
 
   // dX1 = P^T dU; what the norm's gradient starts from where there is one.
   void backward_panel_to_x1(const Window& window, int64_t columns, const A* du) {
-    const auto before = [&](int64_t from, int64_t to, int64_t) {
+    if (!call_.norm_weight) return multiply_into(dx_map(window, 0), window, columns, du, slope1_);
+    multiply_into(Map<A>{static_cast<A*>(call_.dx_normed) + first_channel(), &Piece::z, window.z}, window, columns, du,
+                  nullptr);
+  }
+  template <class U>
+  void multiply_into(const Map<U>& out, const Window& window, int64_t columns, const A* du, const A* slopes) {
+    if (call_.activation == Activation::none) slopes = nullptr;
+    const auto ask = [&](int64_t from, int64_t to) {
+      wanted_.add(out, pieces_, from, to);
       wanted_.add(x_map(window, 0), next_pieces_, from, to);
     };
-    if (call_.norm_weight) {
-      const Map<A> map{static_cast<A*>(call_.dx_normed) + first_channel(), &Piece::z, window.z};
-      multiply_panel(window, workspace_.columns, du, columns, map, before, [](int64_t, int64_t, A*) {});
-    } else {
-      multiply_panel(window, workspace_.columns, du, columns, dx_map(window, 0), before,
-                     [&](int64_t from, int64_t to, A* y) {
-                       if (call_.activation != Activation::none)
-                         product((to - from) * kPanel, y, slope1_ + from * kPanel, y);
-                     });
-    }
+    multiply_panel(window, workspace_.columns, du, columns, ask, [&](const Piece& piece, int64_t from, int64_t to) {
+      const auto dx1 = out.rows(piece, from);
+      const A *y = done_ + piece.column, *slope = slopes ? slopes + from * kPanel + piece.column : nullptr;
+      for_each_vector<A>(to - from, piece.count, [=](auto lanes, int64_t k, int64_t c) {
+        const auto sum = load<A, lanes>(y + k * kPanel + c);
+        store_as(dx1(k) + c, slope ? sum * load<A, lanes>(slope + k * kPanel + c) : sum);
+      });
+    });
   }
 
   // dP += dU X1^T over the last panels.
@@ -192,17 +207,24 @@ class Gate {
   // Calls `work(window, first, last)` with a unit's columns of each window class, and the mixing matrix prepared.
   template <class Work>
   void for_each_class(int64_t unit, Work&& work) {
-    group_ = unit / call_.splits;
-    const int64_t split = unit % call_.splits;
+    group_ = unit % shape_.groups;
+    const int64_t split = unit / shape_.groups;
     for (const Window& window : windows_) {
       const int64_t columns = window.cls.windows(shape_.batch) * depth_;
       const int64_t panels = divide_up(columns, kPanel);
       const int64_t first = panels * split / call_.splits * kPanel;
       const int64_t last = std::min(columns, panels * (split + 1) / call_.splits * kPanel);
       if (first >= last) continue;
+      gather_bias(window);
       mixing_.prepare(window, group_);
       work(window, first, last);
     }
+  }
+
+  void gather_bias(const Window& window) {
+    const A* bias = static_cast<const A*>(call_.bias);
+    workspace_.bias.resize(window.tokens);
+    for (int64_t k = 0; k < window.tokens; ++k) workspace_.bias[k] = bias ? bias[window.index[k]] : A(0);
   }
 
   // Calls `work(index, columns)` for each panel of the columns first <= q < last, with the places of its pieces and of
@@ -213,7 +235,6 @@ class Gate {
     for (int64_t from = first, index = 0; from < last; from += kPanel, ++index) {
       std::swap(pieces_, next_pieces_);
       find_pieces(window, from + kPanel, std::min(last, from + 2 * kPanel), next_pieces_);
-      first_panel_ = index == 0;
       work(index, std::min(kPanel, last - from));
     }
   }
@@ -225,22 +246,20 @@ class Gate {
       work(tile, first, std::min(window.tokens, first + kTileRows));
   }
 
-  // The product of packed weights and a panel, tile by tile, into a map. `before(from, to, next)` brings in what
-  // `after(from, to, y)` needs to finish the tile, and names what will be wanted for the tokens up to `next`. What comes
-  // in waits for the product, and what goes out for the next one: vectors that straddle pieces are then read long after
-  // the pieces have been written, and need not be pieced together out of the store buffer.
-  template <class U, class Before, class After>
-  void multiply_panel(const Window& window, const Packed<A>& weights, const A* panel, int64_t columns, const Map<U>& out,
-                      Before&& before, After&& after) {
+  // The product of packed weights and a panel, tile by tile. `ask(from, to)` names the rows that finishing a tile will
+  // take, and `finish(piece, from, to)` does it, from `done_`, while the next tile's product is under way: by then the
+  // rows are there, and what lies across two vectors of the product can be read without waiting for its stores.
+  template <class Ask, class Finish>
+  void multiply_panel(const Window& window, const Packed<A>& weights, const A* panel, int64_t columns, Ask&& ask,
+                      Finish&& finish) {
     for_each_tile(window, [&](int64_t tile, int64_t from, int64_t to) {
-      const int64_t next = std::min(window.tokens, to + kTileRows);
-      before(from, to, next);
-      wanted_.add(out, pieces_, from, to);
+      ask(from, to);
       multiply(weights, tile, panel, divide_up(columns, kLanes), y_, wanted_);
-      if (tile > 0) store_rows(done_, out, pieces_, from - kTileRows, from);
-      after(from, to, y_);
+      if (tile > 0)
+        for (const Piece& piece : pieces_) finish(piece, from - kTileRows, from);
       std::swap(y_, done_);
-      if (to == window.tokens) store_rows(done_, out, pieces_, from, to);
+      if (to == window.tokens)
+        for (const Piece& piece : pieces_) finish(piece, from, to);
     });
   }
   static void take(Allotment<A>& allot, std::initializer_list<std::pair<A**, int64_t>> buffers) {
@@ -276,54 +295,53 @@ class Gate {
     return {static_cast<T*>(call_.dx) + first_channel() + channel, &Piece::dx, window.dx};
   }
 
-  // Asks for the rows of the next tile. Tiles of short windows are over before these arrive: there for those of the next
-  // panel, but in a unit's first panel, for which nobody has asked.
-  void want(const Map<const T>& map, int64_t from, int64_t to, int64_t next) {
-    constexpr int64_t kShort = 16 << 10;  // bytes of a panel: several fit into the first-level cache
-    const bool is_short = ld_ * kPanel * int64_t(sizeof(A)) <= kShort;
-    if (!is_short || first_panel_) wanted_.add(map, pieces_, to, next);
-    if (is_short) wanted_.add(map, next_pieces_, from, to);
-  }
-
   static void clear(std::initializer_list<std::pair<A*, int64_t>> buffers) {
     for (const auto& [buffer, count] : buffers) std::fill(buffer, buffer + count, A(0));
   }
 
   // ---- what happens to a panel and to a tile ----
 
+  // The panel is activated as a whole: by then no vector has to be pieced together out of stores under way.
   void load_x1(const Window& window, A* slopes) const {
     const auto map = x_map(window, 0);
     for_each_tile(window, [&](int64_t, int64_t from, int64_t to) {
-      A* rows = x1_ + from * kPanel;
-      load_rows(map, pieces_, from, to, rows);
-      activate(call_.activation, rows, slopes ? slopes + from * kPanel : nullptr, (to - from) * kPanel);
-      if (call_.norm_weight) normalise(window, from, to, rows);
+      for (const Piece& piece : pieces_) {
+        const auto x = map.rows(piece, from);
+        A* x1 = x1_ + from * kPanel + piece.column;
+        for_each_vector<A>(to - from, piece.count, [=](auto lanes, int64_t k, int64_t c) {
+          store(x1 + k * kPanel + c, load_as<A, lanes>(x(k) + c));
+        });
+      }
     });
+    activate(window.tokens * kPanel, slopes);
+    if (call_.norm_weight) normalise(window);
   }
 
-  void normalise(const Window& window, int64_t from, int64_t to, A* values) const {
+  void activate(int64_t count, A* slopes) const {
+    if (call_.activation == Activation::none) return;
+    for (int64_t i = 0; i < count; i += kLanes) {
+      const auto x = load<A>(x1_ + i);
+      if (slopes) {
+        const auto y = activated_with_slope(call_.activation, x);
+        store(x1_ + i, y.value);
+        store(slopes + i, y.slope);
+      } else {
+        store(x1_ + i, activated(call_.activation, x));
+      }
+    }
+  }
+
+  void normalise(const Window& window) const {
     const A *mean = static_cast<const A*>(call_.norm_mean), *rstd = static_cast<const A*>(call_.norm_rstd);
     const A* weight = static_cast<const A*>(call_.norm_weight) + first_channel();
     const A* bias = static_cast<const A*>(call_.norm_bias) + first_channel();
-    for (int64_t k = from; k < to; ++k, values += kPanel)
+    for (int64_t k = 0; k < window.tokens; ++k)
       for (const Piece& piece : pieces_) {
-        A* row = values + piece.column;
+        A* row = x1_ + k * kPanel + piece.column;
         const A m = mean[piece.token + window.token[k]], r = rstd[piece.token + window.token[k]];
         for (int64_t c = 0; c < piece.count; ++c)
           row[c] = (row[c] - m) * r * weight[piece.channel + c] + bias[piece.channel + c];
       }
-  }
-
-  // y = (y + bias) * factors
-  void gate(const Window& window, int64_t from, int64_t to, const A* factors, A* y) const {
-    const A* bias = static_cast<const A*>(call_.bias);
-    for (int64_t k = from; k < to; ++k, y += kPanel, factors += kPanel) {
-      const A b = bias ? bias[window.index[k]] : A(0);
-      for (int64_t c = 0; c < kPanel; c += kLanes) store<A>(y + c, (load<A>(y + c) + b) * load<A>(factors + c));
-    }
-  }
-  static void product(int64_t count, const A* a, const A* b, A* to) {
-    for (int64_t i = 0; i < count; i += kLanes) store<A>(to + i, load<A>(a + i) * load<A>(b + i));
   }
 
   // ---- gradients of the parameters ----
@@ -345,15 +363,15 @@ class Gate {
   }
 
   // A panel's sums are short; those over many panels are taken in double.
-  void add_bias_gradient(int64_t from, int64_t to, const A* du) {
-    for (int64_t k = from; k < to; ++k) {
+  void add_bias_gradient(const Window& window, const A* du) {
+    for (int64_t k = 0; k < window.tokens; ++k) {
       A lanes[kLanes];
       Vec<A> sums = load<A>(du + k * kPanel);
       for (int64_t c = kLanes; c < kPanel; c += kLanes) sums += load<A>(du + k * kPanel + c);
-      store<A>(lanes, sums);
+      store(lanes, sums);
       double* total = &workspace_.bias_sums[k * kLanes];
       for (int l = 0; l < kLanes; l += VectorOf<double>::kLanes)
-        store<double>(total + l, load<double>(total + l) + load_wide(lanes + l));
+        store(total + l, load<double>(total + l) + load_wide(lanes + l));
     }
   }
   void store_bias_gradient(const Window& window, int64_t unit) const {
@@ -382,13 +400,12 @@ class Gate {
   Workspace<A>& workspace_;
   Mixing<A> mixing_;
   Pieces pieces_, next_pieces_;  // of the panel at hand and of the one after it
-  bool first_panel_ = true;
   Wanted wanted_;
   std::vector<std::vector<int32_t>> active_;
   // Panels [tokens, kPanel], and kPanels of them for dP: dU, and X1 with tokens side by side.
   A *x1_ = nullptr, *slope1_ = nullptr, *du_ = nullptr, *x1_columns_ = nullptr;
   // Tiles [kTileRows, kPanel]; y is the one at hand, done the one before it.
-  A *x2_ = nullptr, *slope2_ = nullptr, *dz_ = nullptr, *y_ = nullptr, *done_ = nullptr;
+  A *y_ = nullptr, *done_ = nullptr;
   A* dp_ = nullptr;  // [tokens, tokens] of the window class at hand
   int64_t ld_ = 0, group_ = 0;
 };

@@ -45,7 +45,7 @@ __attribute__((noinline)) void multiply_tile(const Packed<A>& packed, int64_t ti
     weights += kTileRows;
   } while (++e < entries);
   for (int r = 0; r < kTileRows; ++r)
-    for (int v = 0; v < kVectors; ++v) store<A>(to + r * kPanel + v * kLanes, sums[r][v]);
+    for (int v = 0; v < kVectors; ++v) store(to + r * kPanel + v * kLanes, sums[r][v]);
   wanted.ask_for_the_rest();
 }
 
@@ -78,7 +78,7 @@ __attribute__((noinline)) void add_outer_tile(const A* left, int64_t left_step, 
     for (int v = 0; v < kVectors; ++v) {
       A* sum = to + r * ld + at[v];
       // Added last, not first: a sum of short sums rounds less than one long one.
-      store<A>(sum, load<A>(sum) + sums[r][v]);
+      store(sum, load<A>(sum) + sums[r][v]);
     }
 }
 
@@ -121,6 +121,6 @@ void transpose(const A* from, int64_t ld_from, A* to, int64_t ld_to, int64_t row
           block[1 - now][2 * r] = interleave<A, 0>(a, b, kLaneNumbers);
           block[1 - now][2 * r + 1] = interleave<A, 1>(a, b, kLaneNumbers);
         }
-      for (int r = 0; r < kLanes; ++r) store<A>(to + (j + r) * ld_to + i, block[now][r]);
+      for (int r = 0; r < kLanes; ++r) store(to + (j + r) * ld_to + i, block[now][r]);
     }
 }

@@ -100,7 +100,7 @@ class Mixing {
     const double maximum = double(largest_of(table_, size));
     for (int64_t e = 0; e < size; ++e) b_.weight[e] = double(table_[e]) - maximum;
     for (int64_t e = 0; e < size; e += kDoubles)
-      store<double>(&b_.weight[e], exponential(load<double>(&b_.weight[e])));
+      store(&b_.weight[e], exponential(load<double>(&b_.weight[e])));
     std::fill(b_.weight.begin() + size, b_.weight.end(), 0.);
     return true;
   }
@@ -199,7 +199,7 @@ class Mixing {
       if (!(peak[at] * (kRows ? largest : b_.scale[k]) > negligible_)) continue;
       A* to = &packed.weights[entries * kTileRows];
       for (int r = 0; r < kTileRows; r += kDoubles) {
-        const DoubleVec scale = kRows ? load<double>(&b_.scale[first + r]) : fill(b_.scale[k]);
+        const DoubleVec scale = kRows ? load<double>(&b_.scale[first + r]) : fill<DoubleVec>(b_.scale[k]);
         store_rounded(to + r, load<double>(weight + at + r) * scale);
       }
       packed.row[entries++] = int32_t(k * kPanelOf<A>);
@@ -256,7 +256,7 @@ class Mixing {
     for (int64_t j = 0; j < tokens; j += kDoubles) {
       const DoubleVec weight = exponential(load<double>(&b_.row[j]) - maximum);
       sums += weight;
-      store<double>(&b_.row[j], weight);
+      store(&b_.row[j], weight);
     }
     const double inverse = 1 / sum_lanes<double>(sums);
     for (int64_t j = 0; j < tokens; ++j) b_.row[j] *= inverse;
@@ -288,7 +288,7 @@ class Mixing {
       for (int64_t c = 0; c <= last; c += kDoubles) {
         const DoubleVec gradient = (load_wide(dp + key + c) - mean) * b_.scale[i];
         double* to = &b_.sums[at + c];
-        store<double>(to, load<double>(to) + (c < last ? gradient : in_run ? gradient : DoubleVec{}));
+        store(to, load<double>(to) + (c < last ? gradient : in_run ? gradient : DoubleVec{}));
       }
     });
   }

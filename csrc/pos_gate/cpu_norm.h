@@ -5,10 +5,9 @@ template <class T>
 class Norm {
  public:
   using A = typename AccumulationOf<T>::type;
-  static constexpr int kLanes = VectorOf<A>::kLanes;
 
   explicit Norm(const Call& call)
-      : call_(call), channels_(call.shape.channels), padded_(round_up(channels_, kLanes)), x_(padded_), slope_(padded_) {}
+      : call_(call), channels_(call.shape.channels), x_(channels_), slope_(channels_) {}
 
   void statistics(int64_t first, int64_t last) {
     A *mean = static_cast<A*>(call_.norm_mean), *rstd = static_cast<A*>(call_.norm_rstd);
@@ -46,7 +45,10 @@ class Norm {
           x_[c] = (gradient[c] * weight[c] - level - x_[c] * tilt) * rstd[token];
         if (call_.activation != Activation::none)
           for (int64_t c = 0; c < channels_; ++c) x_[c] *= slope_[c];
-        store_row(x_.data(), static_cast<T*>(call_.dx) + token * 2 * channels_, channels_);
+        T* dx = static_cast<T*>(call_.dx) + token * 2 * channels_;
+        for_each_vector<A>(1, channels_, [&](auto lanes, int64_t, int64_t c) {
+          store_as(dx + c, load<A, lanes>(&x_[c]));
+        });
       }
     }
   }
@@ -60,8 +62,14 @@ class Norm {
       position[d] = rest % shape.map[d];
       rest /= shape.map[d];
     }
-    load_row(static_cast<const T*>(call_.x) + call_.x_view.offset(rest, position), x_.data(), channels_);
-    activate(call_.activation, x_.data(), slopes, padded_);
+    const T* x = static_cast<const T*>(call_.x) + call_.x_view.offset(rest, position);
+    for_each_vector<A>(1, channels_, [&](auto lanes, int64_t, int64_t c) {
+      const auto value = load_as<A, lanes>(x + c);
+      if (!slopes) return store(&x_[c], activated(call_.activation, value));
+      const auto y = activated_with_slope(call_.activation, value);
+      store(&x_[c], y.value);
+      store(slopes + c, y.slope);
+    });
   }
 
   // Over the channels, in double, which costs nothing beside the memory; four running sums make short chains.
@@ -76,6 +84,6 @@ class Norm {
   }
 
   const Call& call_;
-  const int64_t channels_, padded_;
+  const int64_t channels_;
   std::vector<A> x_, slope_;
 };

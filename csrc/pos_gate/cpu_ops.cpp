@@ -8,6 +8,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <limits>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -28,6 +29,8 @@ using Sizes = std::vector<int64_t>;
 
 constexpr int64_t kUnits = 64;            // of a backward: enough to keep many cores busy
 constexpr int64_t kColumnsPerUnit = 768;  // enough for packing P to cost little beside its use
+// A share of x that caches hold until all groups have had their channels of it, for a group's rows end amid cache lines.
+constexpr int64_t kBytesPerSplit = 8 << 20;
 constexpr int64_t kNormBlocks = 64;
 
 struct Arguments {
@@ -90,9 +93,16 @@ void read_shape(Arguments& a, const Sizes& window, const Sizes& shift) {
                   "pos_gate: the groups must divide half of x's channels");
 }
 
+// Into how many shares the columns of each group are cut.
+int64_t count_splits(const Shape& shape, int64_t bytes, int64_t least_units, int64_t most_units) {
+  const int64_t columns = shape.batch * shape.map_tokens() / shape.window_tokens() * shape.group_channels();
+  const int64_t wanted = std::max(divide_up(least_units, shape.groups), divide_up(bytes, kBytesPerSplit));
+  return std::clamp<int64_t>(columns / kColumnsPerUnit, 1, std::min(wanted, 1 + (most_units - 1) / shape.groups));
+}
+
 Arguments read(const Tensor& x, const MaybeTensor& table, const MaybeTensor& bias, const MaybeTensor& matrix,
                const MaybeTensor& norm_weight, const MaybeTensor& norm_bias, const Sizes& window, const Sizes& shift,
-               bool softmax, int64_t activation, double eps, int64_t units) {
+               bool softmax, int64_t activation, double eps, int64_t least_units, int64_t most_units) {
   Arguments a{with_contiguous_channels(x), table, bias, matrix, norm_weight, norm_bias, {}, ScalarType::Float};
   read_shape(a, window, shift);
   Call& call = a.call;
@@ -113,8 +123,7 @@ Arguments read(const Tensor& x, const MaybeTensor& table, const MaybeTensor& bia
   call.matrix = data_of(a.matrix, "matrix", a.parameter_type, (call.matrix_per_group ? shape.groups : 1) * n * n);
   call.norm_weight = data_of(a.norm_weight, "norm_weight", a.parameter_type, shape.channels);
   call.norm_bias = data_of(a.norm_bias, "norm_bias", a.parameter_type, shape.channels);
-  const int64_t columns = shape.batch * shape.map_tokens() / n * shape.group_channels();
-  call.splits = std::clamp<int64_t>(columns / kColumnsPerUnit, 1, divide_up(units, shape.groups));
+  call.splits = count_splits(shape, x.numel() * x.element_size(), least_units, most_units);
   call.norm_blocks = std::clamp<int64_t>(shape.batch * shape.map_tokens(), 1, kNormBlocks);
   return a;
 }
@@ -154,10 +163,10 @@ Tensor norm_statistics(Arguments& a, const Kernels& kernels) {
 Tensor forward(const Tensor& x, const MaybeTensor& table, const MaybeTensor& bias, const MaybeTensor& matrix,
                const MaybeTensor& norm_weight, const MaybeTensor& norm_bias, const Sizes& window, const Sizes& shift,
                bool softmax, int64_t activation, double eps) {
-  // No result depends on the number of units here: as few as keep the threads busy.
+  // No result depends on the number of units here: as few as keep the threads busy and the caches useful.
   const int64_t units = 4 * int64_t(torch::stable::get_num_threads());
-  Arguments a =
-      read(x, table, bias, matrix, norm_weight, norm_bias, window, shift, softmax, activation, eps, units);
+  Arguments a = read(x, table, bias, matrix, norm_weight, norm_bias, window, shift, softmax, activation, eps, units,
+                     std::numeric_limits<int64_t>::max());
   Sizes sizes(x.sizes().begin(), x.sizes().end());
   sizes.back() = a.call.shape.channels;
   Tensor z = output(a, sizes);
@@ -174,8 +183,8 @@ Tensor forward(const Tensor& x, const MaybeTensor& table, const MaybeTensor& bia
 Tensor sum_parts(const Arguments& a, const MaybeTensor& parameter, const std::optional<Tensor>& parts, int64_t groups) {
   if (!parts) return workspace(a, {0});
   const int64_t count = parts->size(0) / groups, size = parts->size(1);
-  const std::vector<int64_t> dim{1};
-  Tensor grouped = torch::stable::reshape(*parts, Sizes{groups, count, size});
+  const std::vector<int64_t> dim{0};
+  Tensor grouped = torch::stable::reshape(*parts, Sizes{count, groups, size});
   Tensor sums = torch::stable::sum(grouped, torch::headeronly::IntHeaderOnlyArrayRef(dim));
   return torch::stable::reshape(sums, Sizes(parameter->sizes().begin(), parameter->sizes().end()));
 }
@@ -187,7 +196,7 @@ Gradients backward(const Tensor& dz, const Tensor& x, const MaybeTensor& table, 
                    const Sizes& window, const Sizes& shift, bool softmax, int64_t activation, double eps,
                    bool mixing_grad) {
   Arguments a =
-      read(x, table, bias, matrix, norm_weight, norm_bias, window, shift, softmax, activation, eps, kUnits);
+      read(x, table, bias, matrix, norm_weight, norm_bias, window, shift, softmax, activation, eps, kUnits, kUnits);
   Call& call = a.call;
   const Shape& shape = call.shape;
   const int64_t n = shape.window_tokens(), part_count = call.units();

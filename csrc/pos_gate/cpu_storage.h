@@ -57,42 +57,7 @@ inline void narrow(float a, Float16& to) {
   to.bits = uint16_t(half | sign);
 }
 
-// Copies by whole vectors; the last one overlaps the one before, so that short rows need no loop over single elements.
-template <class A, int kLanes = VectorOf<A>::kLanes>
-inline void copy_row(const A* from, A* to, int64_t count) {
-  if constexpr (kLanes == 1) {
-    if (count > 0) *to = *from;
-  } else {
-    constexpr size_t kBytes = kLanes * sizeof(A);
-    if (count < kLanes) return copy_row<A, kLanes / 2>(from, to, count);
-    for (int64_t i = 0; i + kLanes <= count; i += kLanes) __builtin_memcpy(to + i, from + i, kBytes);
-    __builtin_memcpy(to + count - kLanes, from + count - kLanes, kBytes);
-  }
-}
-
-// copy_row for rows from(k) to to(k), k < rows.
-template <class A, class From, class To, int kLanes = VectorOf<A>::kLanes>
-inline void copy_rows(int64_t rows, int64_t count, const From& from, const To& to) {
-  if constexpr (kLanes > 1) {
-    if (count < kLanes) return copy_rows<A, From, To, kLanes / 2>(rows, count, from, to);
-    if (count <= 2 * kLanes) {
-      typedef A Piece __attribute__((vector_size(kLanes * sizeof(A))));
-      for (int64_t k = 0; k < rows; ++k) {
-        const A* source = from(k);
-        A* target = to(k);
-        Piece first, last;
-        __builtin_memcpy(&first, source, sizeof first);
-        __builtin_memcpy(&last, source + count - kLanes, sizeof last);
-        __builtin_memcpy(target, &first, sizeof first);
-        __builtin_memcpy(target + count - kLanes, &last, sizeof last);
-      }
-      return;
-    }
-  }
-  for (int64_t k = 0; k < rows; ++k) copy_row<A>(from(k), to(k), count);
-}
-
-// The same for 16-bit types, kLanes numbers at a time.
+// 16-bit types, kLanes numbers at a time.
 template <int kLanes>
 struct Lanes {
   typedef float floats __attribute__((vector_size(4 * kLanes)));
@@ -138,38 +103,33 @@ inline void narrow(const float* from, Float16* to) {
 #endif
   for (int i = 0; i < kLanes; ++i) narrow(from[i], to[i]);
 }
-template <class T, int kLanes = VectorOf<float>::kLanes>
-inline void widen_row(const T* from, float* to, int64_t count) {
-  if constexpr (kLanes == 1) {
-    if (count > 0) *to = widen(*from);
+
+// L numbers of a storage type as a vector of the accumulation type, and back.
+template <class A, int L, class T>
+inline Vec<A, L> load_as(const T* from) {
+  if constexpr (std::is_same_v<T, A>) {
+    return load<A, L>(from);
   } else {
-    if (count < kLanes) return widen_row<T, kLanes / 2>(from, to, count);
-    for (int64_t i = 0; i + kLanes <= count; i += kLanes) widen<kLanes>(from + i, to + i);
-    widen<kLanes>(from + count - kLanes, to + count - kLanes);
+    Vec<A, L> v;
+    widen<L>(from, reinterpret_cast<float*>(&v));
+    return v;
   }
 }
-template <class T, int kLanes = VectorOf<float>::kLanes>
-inline void narrow_row(const float* from, T* to, int64_t count) {
-  if constexpr (kLanes == 1) {
-    if (count > 0) narrow(*from, *to);
-  } else {
-    if (count < kLanes) return narrow_row<T, kLanes / 2>(from, to, count);
-    for (int64_t i = 0; i + kLanes <= count; i += kLanes) narrow<kLanes>(from + i, to + i);
-    narrow<kLanes>(from + count - kLanes, to + count - kLanes);
-  }
+template <class T, class V>
+inline void store_as(T* to, V v) {
+  if constexpr (std::is_same_v<T, ElementOf<V>>)
+    store(to, v);
+  else
+    narrow<kLanesOf<V>>(reinterpret_cast<const float*>(&v), to);
 }
 
-template <class T, class A>
-inline void load_row(const T* from, A* to, int64_t count) {
-  if constexpr (std::is_same_v<T, A>)
-    copy_row(from, to, count);
-  else
-    widen_row(from, to, count);
-}
-template <class T, class A>
-inline void store_row(const A* from, T* to, int64_t count) {
-  if constexpr (std::is_same_v<T, A>)
-    copy_row(from, to, count);
-  else
-    narrow_row(from, to, count);
+// Calls `body(lanes, row, channel)` for `count` channels of some rows: by whole vectors, then by halves of them, so that
+// nothing is done twice. `lanes` is a constant.
+template <class A, int L = VectorOf<A>::kLanes, class Body>
+__attribute__((always_inline)) inline void for_each_vector(int64_t rows, int64_t count, const Body& body,
+                                                           int64_t channel = 0) {
+  for (; channel + L <= count; channel += L)
+    for (int64_t row = 0; row < rows; ++row) body(std::integral_constant<int, L>(), row, channel);
+  if constexpr (L > 1)
+    if (channel < count) for_each_vector<A, L / 2>(rows, count, body, channel);
 }

@@ -1,33 +1,35 @@
 // Vectors of W lanes through the compiler's vector extension, and the few functions of them that the gate needs.
 // No include guard: every instruction set compiles this text anew, inside its own namespace and target options.
 
-template <class A>
-struct VectorOf;
-template <>
-struct VectorOf<float> {
-  static constexpr int kLanes = kVectorBytes / 4;
-  typedef float type __attribute__((vector_size(kVectorBytes)));
-  typedef int32_t ints __attribute__((vector_size(kVectorBytes)));
+// L numbers side by side; without L, as many as a register holds.
+template <class A, int L = kVectorBytes / int(sizeof(A))>
+struct VectorOf {
+  static constexpr int kLanes = L;
+  using Integer = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
+  typedef A type __attribute__((vector_size(L * sizeof(A))));
+  typedef Integer ints __attribute__((vector_size(L * sizeof(A))));
 };
-template <>
-struct VectorOf<double> {
-  static constexpr int kLanes = kVectorBytes / 8;
-  typedef double type __attribute__((vector_size(kVectorBytes)));
-  typedef int64_t ints __attribute__((vector_size(kVectorBytes)));
-};
-template <class A>
-using Vec = typename VectorOf<A>::type;
-using FloatVec = Vec<float>;
+template <class A, int L = VectorOf<A>::kLanes>
+using Vec = typename VectorOf<A, L>::type;
 using DoubleVec = Vec<double>;
 
-template <class A>
-inline Vec<A> load(const A* p) {
-  Vec<A> v;
+// What a vector is made of.
+template <class V>
+using ElementOf = std::remove_reference_t<decltype(std::declval<V&>()[0])>;
+template <class V>
+constexpr int kLanesOf = int(sizeof(V) / sizeof(ElementOf<V>));
+template <class V>
+using IntsOf = typename VectorOf<ElementOf<V>, kLanesOf<V>>::ints;
+
+template <class A, int L = VectorOf<A>::kLanes>
+inline Vec<A, L> load(const A* p) {
+  Vec<A, L> v;
   __builtin_memcpy(&v, p, sizeof v);
   return v;
 }
-template <class A>
-inline void store(A* p, Vec<A> v) {
+template <class A, class V>
+inline void store(A* p, V v) {
+  static_assert(std::is_same_v<A, ElementOf<V>>);
   __builtin_memcpy(p, &v, sizeof v);
 }
 // A vector of doubles, rounded once.
@@ -44,9 +46,9 @@ inline DoubleVec load_wide(const A* p) {
   __builtin_memcpy(&v, p, sizeof v);
   return __builtin_convertvector(v, DoubleVec);
 }
-template <class A>
-inline Vec<A> fill(A a) {
-  return a - Vec<A>{};  // a minus zero is a, bit for bit; zero plus a is not, and would cost an addition
+template <class V>
+inline V fill(ElementOf<V> a) {
+  return a - V{};  // a minus zero is a, bit for bit; zero plus a is not, and would cost an addition
 }
 inline VectorOf<double>::ints lane_numbers() {
   VectorOf<double>::ints numbers;
@@ -62,108 +64,99 @@ inline double sum_lanes(Vec<A> v) {
 
 // e^x to about 1 ulp: x = n ln 2 + r, a degree-6 polynomial for e^r, 2^n through the exponent's bits.
 // Below the smallest normal number it returns 0: a weight that small cannot change a sum, and subnormals are slow.
-inline FloatVec exponential(FloatVec x) {
+template <class V, std::enable_if_t<std::is_same_v<ElementOf<V>, float>, int> = 0>
+inline V exponential(V x) {
   constexpr float kLog2E = 1.44269504f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
   constexpr float kRound = 12582912.f;  // 1.5 * 2^23: adding it leaves n in the low bits
   constexpr float kSmallest = -87.33654f, kLargest = 88.f;
   const auto tiny = x < kSmallest;
-  FloatVec y = tiny ? fill(kSmallest) : x;
-  y = y > kLargest ? fill(kLargest) : y;
-  const FloatVec shifted = y * kLog2E + kRound;
-  const FloatVec n = shifted - kRound;
-  const FloatVec r = (y - n * kLn2High) - n * kLn2Low;
-  FloatVec p = fill(1.3814534759e-3f);
+  V y = tiny ? fill<V>(kSmallest) : x;
+  y = y > kLargest ? fill<V>(kLargest) : y;
+  const V shifted = y * kLog2E + kRound;
+  const V n = shifted - kRound;
+  const V r = (y - n * kLn2High) - n * kLn2Low;
+  V p = fill<V>(1.3814534759e-3f);
   p = p * r + 8.3687463775e-3f;
   p = p * r + 4.1668392718e-2f;
   p = p * r + 1.6666521132e-1f;
   p = p * r + 4.9999994040e-1f;
   p = (p * r) * r + r + 1.f;
-  const auto exponent = ((VectorOf<float>::ints)shifted + 127) << 23;  // 2^n
-  return tiny ? FloatVec{} : p * (FloatVec)exponent;
+  const auto exponent = ((IntsOf<V>)shifted + 127) << 23;  // 2^n
+  return tiny ? V{} : p * (V)exponent;
 }
 // The same in double, by the Taylor series to degree 13, whose next term is 4e-18 for |r| <= ln 2 / 2.
-inline DoubleVec exponential(DoubleVec x) {
+template <class V, std::enable_if_t<std::is_same_v<ElementOf<V>, double>, int> = 0>
+inline V exponential(V x) {
   constexpr double kLog2E = 1.4426950408889634, kLn2High = 0x1.62e42feep-1, kLn2Low = 0x1.a39ef35793c76p-33;
   constexpr double kRound = 0x1.8p52, kSmallest = -708.39, kLargest = 709.;
   constexpr double kInverseFactorials[] = {1. / 6227020800, 1. / 479001600, 1. / 39916800, 1. / 3628800, 1. / 362880,
                                            1. / 40320,      1. / 5040,      1. / 720,      1. / 120,     1. / 24,
                                            1. / 6,          1. / 2,         1.,            1.};
   const auto tiny = x < kSmallest;
-  DoubleVec y = tiny ? fill(kSmallest) : x;
-  y = y > kLargest ? fill(kLargest) : y;
-  const DoubleVec shifted = y * kLog2E + kRound;
-  const DoubleVec n = shifted - kRound;
-  const DoubleVec r = (y - n * kLn2High) - n * kLn2Low;
-  DoubleVec p{};
+  V y = tiny ? fill<V>(kSmallest) : x;
+  y = y > kLargest ? fill<V>(kLargest) : y;
+  const V shifted = y * kLog2E + kRound;
+  const V n = shifted - kRound;
+  const V r = (y - n * kLn2High) - n * kLn2Low;
+  V p{};
   for (double coefficient : kInverseFactorials) p = p * r + coefficient;
-  const auto exponent = ((VectorOf<double>::ints)shifted + 1023) << 52;  // 2^n
-  return tiny ? DoubleVec{} : p * (DoubleVec)exponent;
+  const auto exponent = ((IntsOf<V>)shifted + 1023) << 52;  // 2^n
+  return tiny ? V{} : p * (V)exponent;
 }
 
-template <class A>
+template <class V>
 struct ActivationValue {
-  Vec<A> value, derivative;
+  V value, slope;
 };
 
-// Phi, the normal distribution function, in float32: 1/2 + x P(x^2) / Q(x^2), within 1e-8 of it up to kEnd and exactly 0
+// Phi, the normal distribution function. In float32: 1/2 + x P(x^2) / Q(x^2), within 1e-8 of it up to kEnd and exactly 0
 // below -kEnd, where the sum would leave a trace.
-inline FloatVec normal_cdf(FloatVec x) {
-  constexpr float kEnd = 5.55f;
-  constexpr float kP[] = {2.244276942e-8f, 6.352734090e-6f, 1.712741359e-4f,
-                          4.691817798e-3f, 3.410917521e-2f, 3.989422321e-1f};
-  constexpr float kQ[] = {1.188617262e-6f, 7.434884174e-5f, 1.898334478e-3f, 2.878968976e-2f, 2.521648407e-1f, 1.f};
-  const FloatVec bounded = x > kEnd ? fill(kEnd) : x, square = bounded * bounded;
-  FloatVec p = fill(kP[0]), q = fill(kQ[0]);
-  for (int i = 1; i < 6; ++i) {
-    p = p * square + kP[i];
-    q = q * square + kQ[i];
+template <class V>
+inline V normal_cdf(V x) {
+  if constexpr (std::is_same_v<ElementOf<V>, double>) {
+    for (int i = 0; i < kLanesOf<V>; ++i) x[i] = 0.5 * ::erfc(-x[i] * 0.70710678118654752440);
+    return x;
+  } else {
+    constexpr float kEnd = 5.55f;
+    constexpr float kP[] = {2.244276942e-8f, 6.352734090e-6f, 1.712741359e-4f,
+                            4.691817798e-3f, 3.410917521e-2f, 3.989422321e-1f};
+    constexpr float kQ[] = {1.188617262e-6f, 7.434884174e-5f, 1.898334478e-3f, 2.878968976e-2f, 2.521648407e-1f, 1.f};
+    const V bounded = x > kEnd ? fill<V>(kEnd) : x, square = bounded * bounded;
+    V p = fill<V>(kP[0]), q = fill<V>(kQ[0]);
+    for (int i = 1; i < 6; ++i) {
+      p = p * square + kP[i];
+      q = q * square + kQ[i];
+    }
+    const V phi = bounded * (p / q) + 0.5f;
+    return x < -kEnd ? V{} : phi;
   }
-  const FloatVec phi = bounded * (p / q) + 0.5f;
-  return x < -kEnd ? FloatVec{} : phi;
 }
 
-// Exact GELU, x Phi(x), and its derivative Phi(x) + x Phi'(x).
-inline FloatVec gelu_value(FloatVec x) { return x * normal_cdf(x); }
-inline ActivationValue<float> gelu(FloatVec x) {
-  const FloatVec phi = normal_cdf(x), density = exponential(x * x * -0.5f) * 0.3989422804f;
+// Exact GELU, x Phi(x), whose slope is Phi(x) + x Phi'(x).
+template <class V>
+inline ActivationValue<V> gelu(V x) {
+  const V phi = normal_cdf(x), density = exponential(x * x * ElementOf<V>(-0.5)) * ElementOf<V>(0.39894228040143267794);
   return {x * phi, phi + x * density};
 }
-inline ActivationValue<double> gelu(DoubleVec x) {
-  ActivationValue<double> y;
-  for (int i = 0; i < VectorOf<double>::kLanes; ++i) {
-    const double phi = 0.5 * ::erfc(-x[i] * 0.70710678118654752440);
-    y.value[i] = x[i] * phi;
-    y.derivative[i] = phi + x[i] * ::exp(-0.5 * x[i] * x[i]) * 0.39894228040143267794;
-  }
-  return y;
-}
-
-inline DoubleVec gelu_value(DoubleVec x) { return gelu(x).value; }
 
 // The tanh form of GELU: 0.5 x (1 + tanh u) = x / (1 + e^(-2u)), u = sqrt(2/pi) (x + 0.044715 x^3).
 template <class V>
-inline auto gelu_tanh(V x) {
-  using A = std::remove_reference_t<decltype(x[0])>;
+inline ActivationValue<V> gelu_tanh(V x) {
+  using A = ElementOf<V>;
   constexpr A kScale = A(0.79788456080286535588), kCubic = A(0.044715);
   const V u = kScale * (x + kCubic * x * x * x);
   const V decay = exponential(A(-2) * u), gate = A(1) / (A(1) + decay), rest = decay * gate;  // 1 - gate, uncancelled
   const V slope = kScale * (A(1) + A(3) * kCubic * x * x);
-  return ActivationValue<A>{x * gate, gate + A(2) * x * gate * rest * slope};
+  return {x * gate, gate + A(2) * x * gate * rest * slope};
 }
 
-// values[i] = act(values[i]), and slopes[i] = act'(values[i]) if wanted; count is a multiple of the lanes.
-template <class A>
-inline void activate(Activation activation, A* values, A* slopes, int64_t count) {
-  constexpr int kLanes = VectorOf<A>::kLanes;
-  if (activation == Activation::none) return;
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const Vec<A> x = load<A>(values + i);
-    if (!slopes && activation == Activation::gelu) {
-      store<A>(values + i, gelu_value(x));
-      continue;
-    }
-    const auto y = activation == Activation::gelu ? gelu(x) : gelu_tanh(x);
-    store<A>(values + i, y.value);
-    if (slopes) store<A>(slopes + i, y.derivative);
-  }
+template <class V>
+inline V activated(Activation activation, V x) {
+  if (activation == Activation::none) return x;
+  return activation == Activation::gelu ? x * normal_cdf(x) : gelu_tanh(x).value;
+}
+template <class V>
+inline ActivationValue<V> activated_with_slope(Activation activation, V x) {
+  if (activation == Activation::none) return {x, fill<V>(1)};
+  return activation == Activation::gelu ? gelu(x) : gelu_tanh(x);
 }

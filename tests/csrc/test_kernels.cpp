@@ -190,7 +190,7 @@ bool gradients_hold(const Problem<double>& p, const Results<double>& r, int64_t 
   const double h = 1e-6;
   auto above = p, below = p;
   double predicted = 0, scale = 1;
-  // `parts` partial gradients for each of the parameter's `pieces`
+  // `parts` partial gradients of each of the parameter's `pieces`, which are side by side
   const auto move = [&](std::vector<double> Problem<double>::*member, const std::vector<double>& gradient, int64_t parts,
                         int64_t pieces) {
     if (gradient.empty()) return;
@@ -200,7 +200,7 @@ bool gradients_hold(const Problem<double>& p, const Results<double>& r, int64_t 
     for (int64_t piece = 0; piece < pieces; ++piece)
       for (int64_t part = 0; part < parts; ++part)
         for (int64_t i = 0; i < size; ++i) {
-          const double term = gradient[(piece * parts + part) * size + i] * v[piece * size + i];
+          const double term = gradient[(part * pieces + piece) * size + i] * v[piece * size + i];
           predicted += term, scale += std::fabs(term);
         }
   };
