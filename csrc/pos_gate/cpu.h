@@ -50,6 +50,10 @@ extern const Kernels kPortable;
 #define POSMLP_X86_KERNELS 1
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
+#if defined(__clang__) || __GNUC__ >= 12
+#define POSMLP_X86_BF16_KERNELS 1
+extern const Kernels kAvx512Bf16;
+#endif
 #endif
 
 // Those that this processor runs, the best first.

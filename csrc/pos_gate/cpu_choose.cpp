@@ -10,9 +10,13 @@ namespace posmlp::cpu {
 std::vector<const Kernels*> kernels_of_this_processor() {
   std::vector<const Kernels*> kernels;
 #ifdef POSMLP_X86_KERNELS
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma"))
-    kernels.push_back(&kAvx512);
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("fma");
+#ifdef POSMLP_X86_BF16_KERNELS
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) kernels.push_back(&kAvx512Bf16);
+#endif
+  if (avx512) kernels.push_back(&kAvx512);
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) kernels.push_back(&kAvx2);
 #endif
   kernels.push_back(&kPortable);

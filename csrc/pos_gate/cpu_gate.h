@@ -13,12 +13,13 @@
 // No include guard: every instruction set compiles this text anew, inside its own namespace and target options.
 
 // A thread's buffers, kept from call to call so that no pages are faulted in again.
-template <class A>
+template <class A, class E>
 struct Workspace {
   std::vector<A> storage, bias;   // bias: [tokens] of the window class at hand, zeros if there is none
+  std::vector<E> operands;
   std::vector<double> bias_sums;  // [tokens, lanes] of the window class at hand
   MixingBuffers<A> mixing;
-  Packed<A> rows, columns;
+  Packed<E> rows, columns;
 
   static Workspace& of_thread() {
     static thread_local Workspace workspace;
@@ -26,7 +27,8 @@ struct Workspace {
   }
   void release_if_large() {
     constexpr size_t kKeptBytes = size_t(64) << 20;
-    const size_t numbers = storage.size() + mixing.dense.size() + rows.weights.size() + columns.weights.size();
+    const size_t numbers = storage.size() + mixing.dense.size() + rows.weights.size() + columns.weights.size() +
+                           operands.size();
     if (numbers * sizeof(A) > kKeptBytes) *this = Workspace();
   }
 };
@@ -44,7 +46,7 @@ class Allotment {
   A* take(int64_t count) {
     free_ += (64 - size_t(free_) % 64) % 64 / sizeof(A);
     A* buffer = free_;
-    std::fill(buffer, buffer + count, A(0));
+    std::fill(buffer, buffer + count, A{});
     free_ += count;
     return buffer;
   }
@@ -58,14 +60,16 @@ template <class T>
 class Gate {
  public:
   using A = typename AccumulationOf<T>::type;
+  using E = typename OperandOf<T>::type;
   static constexpr int kLanes = VectorOf<A>::kLanes;
   static constexpr int64_t kPanel = kPanelOf<A>, kTile = kTileRows * kPanel;
+  static constexpr bool kIsPaired = kDepthOf<E> == 2;
   static constexpr int64_t kPanels = std::max<int64_t>(1, 48 / kPanel);  // that dP takes at once
 
   explicit Gate(const Call& call)
       : call_(call), shape_(call.shape), depth_(shape_.group_channels()), z_view_(shape_.contiguous(shape_.channels)),
         dx_view_(shape_.contiguous(2 * shape_.channels)), token_view_(shape_.contiguous(1)),
-        workspace_(Workspace<A>::of_thread()), mixing_(call, workspace_.mixing) {
+        workspace_(Workspace<A, E>::of_thread()), mixing_(call, kEpsilonOf<T>, workspace_.mixing) {
     int64_t most_tokens = 0;
     for (const auto& cls : window_classes(shape_)) {
       windows_.emplace_back(call_, cls, z_view_, dx_view_, token_view_);
@@ -78,6 +82,8 @@ class Gate {
   void forward(int64_t first_unit, int64_t last_unit) {
     Allotment<A> allot(workspace_.storage, ld_ * kPanel + 2 * kTile, 3);
     take(allot, {{&x1_, ld_ * kPanel}, {&y_, kTile}, {&done_, kTile}});
+    Allotment<E> operands(workspace_.operands, kIsPaired ? ld_ / 2 * kPanel : 0, 1);
+    take(operands, {{&factor_, kIsPaired ? ld_ / 2 * kPanel : 0}});
     for (int64_t unit = first_unit; unit < last_unit; ++unit)
       for_each_class(unit, [&](const Window& window, int64_t first, int64_t last) {
         mixing_.pack_rows(workspace_.rows);
@@ -95,6 +101,9 @@ class Gate {
     Allotment<A> allot(workspace_.storage, (2 + 2 * kPanels) * panel + 2 * kTile + matrix, 7);
     take(allot, {{&x1_, panel}, {&slope1_, panel}, {&du_, kPanels * panel}, {&x1_columns_, kPanels * panel}});
     take(allot, {{&y_, kTile}, {&done_, kTile}, {&dp_, matrix}});
+    const int64_t pairs = kIsPaired ? panel / 2 : 0;
+    Allotment<E> operands(workspace_.operands, (1 + 2 * kPanels) * pairs, 3);
+    take(operands, {{&factor_, pairs}, {&left_, kPanels * pairs}, {&right_, kPanels * pairs}});
     for (int64_t unit = first_unit; unit < last_unit; ++unit) {
       clear_parts(unit);
       for_each_class(unit, [&](const Window& window, int64_t first, int64_t last) {
@@ -197,8 +206,10 @@ class Gate {
 
   // dP += dU X1^T over the last panels.
   void add_mixing_gradient(const Window& window, int64_t panels) {
+    const E* left = operands_along_rows<E>(du_, panels * ld_ * kPanel, left_);
+    const E* right = operands_of_rows<E>(x1_columns_, panels * kPanel, ld_, right_);
     for_each_tile(window, [&](int64_t tile, int64_t from, int64_t) {
-      add_outer(du_ + from * kPanel, ld_ * kPanel, panels, x1_columns_, active_[tile], dp_ + from * ld_, ld_);
+      add_outer(left + from * kPanel / kDepthOf<E>, ld_, panels, right, active_[tile], dp_ + from * ld_, ld_);
     });
   }
 
@@ -250,11 +261,12 @@ class Gate {
   // take, and `finish(piece, from, to)` does it, from `done_`, while the next tile's product is under way: by then the
   // rows are there, and what lies across two vectors of the product can be read without waiting for its stores.
   template <class Ask, class Finish>
-  void multiply_panel(const Window& window, const Packed<A>& weights, const A* panel, int64_t columns, Ask&& ask,
+  void multiply_panel(const Window& window, const Packed<E>& weights, const A* panel, int64_t columns, Ask&& ask,
                       Finish&& finish) {
+    const E* factor = operands_of_rows<E>(panel, window.tokens, kPanel, factor_);
     for_each_tile(window, [&](int64_t tile, int64_t from, int64_t to) {
       ask(from, to);
-      multiply(weights, tile, panel, divide_up(columns, kLanes), y_, wanted_);
+      multiply(weights, tile, factor, divide_up(columns, kLanes), y_, wanted_);
       if (tile > 0)
         for (const Piece& piece : pieces_) finish(piece, from - kTileRows, from);
       std::swap(y_, done_);
@@ -262,7 +274,8 @@ class Gate {
         for (const Piece& piece : pieces_) finish(piece, from, to);
     });
   }
-  static void take(Allotment<A>& allot, std::initializer_list<std::pair<A**, int64_t>> buffers) {
+  template <class U>
+  static void take(Allotment<U>& allot, std::initializer_list<std::pair<U**, int64_t>> buffers) {
     for (const auto& [buffer, count] : buffers) *buffer = allot.take(count);
   }
 
@@ -356,7 +369,7 @@ class Gate {
         for (int64_t v = 0; v < window.tokens; v += kLanes) vectors.push_back(int32_t(v));
       else
         for (int64_t e = workspace_.rows.begin[tile]; e < workspace_.rows.begin[tile + 1]; ++e) {
-          const int32_t vector = int32_t(workspace_.rows.row[e] / kPanel / kLanes * kLanes);
+          const int32_t vector = int32_t(workspace_.rows.row[e] / kPanel * kDepthOf<E> / kLanes * kLanes);
           if (vectors.empty() || vectors.back() != vector) vectors.push_back(vector);
         }
     }
@@ -397,8 +410,8 @@ class Gate {
   const int64_t depth_;  // D
   const View z_view_, dx_view_, token_view_;
   std::vector<Window> windows_;  // one for each class
-  Workspace<A>& workspace_;
-  Mixing<A> mixing_;
+  Workspace<A, E>& workspace_;
+  Mixing<A, E> mixing_;
   Pieces pieces_, next_pieces_;  // of the panel at hand and of the one after it
   Wanted wanted_;
   std::vector<std::vector<int32_t>> active_;
@@ -406,6 +419,7 @@ class Gate {
   A *x1_ = nullptr, *slope1_ = nullptr, *du_ = nullptr, *x1_columns_ = nullptr;
   // Tiles [kTileRows, kPanel]; y is the one at hand, done the one before it.
   A *y_ = nullptr, *done_ = nullptr;
+  E *factor_ = nullptr, *left_ = nullptr, *right_ = nullptr;  // room for pairs: of a product's panel, and for dP
   A* dp_ = nullptr;  // [tokens, tokens] of the window class at hand
   int64_t ld_ = 0, group_ = 0;
 };

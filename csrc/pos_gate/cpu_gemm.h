@@ -4,15 +4,92 @@
 // kTileVectors vectors, broadcasts kTileRows values, and issues their product of fused multiply-adds. With AVX-512 that
 // is 7 x 3: 21 accumulators, 10 loads for 21 multiply-adds, and neither windows of 7 and 14 nor groups of 12, 24, 32 or
 // 48 channels leave a remainder. Sums run in order, so results do not depend on how the work is cut.
+//
+// What is multiplied are numbers of the accumulation type or, where the processor multiplies bfloat16, pairs of it: two
+// numbers that follow each other in the sum, here called a step, in the place of one.
 // No include guard: every instruction set compiles this text anew, inside its own namespace and target options.
 
-// P or its transpose, cut into tiles of kTileRows rows. Only what matters is there: for each tile the columns k in which
-// any of its rows has a weight worth adding, with the tile's kTileRows weights side by side.
-template <class A>
+template <class T>
+struct OperandOf {
+  using type = typename AccumulationOf<T>::type;
+};
+#ifdef POSMLP_BF16_DOT
+struct Pair {
+  uint16_t first, second;
+};
+template <>
+struct OperandOf<Bfloat16> {
+  using type = Pair;
+};
+#endif
+template <class E>
+constexpr int kDepthOf = std::is_floating_point_v<E> ? 1 : 2;  // numbers in a step
+
+// A vector of operands, and sum + weight * operands for one weight.
+template <class E>
+struct Operands {
+  Vec<E> values;
+  Operands() = default;
+  explicit Operands(const E* p) : values(load<E>(p)) {}
+  __attribute__((always_inline)) Vec<E> times(E weight, Vec<E> sum) const { return sum + weight * values; }
+};
+#ifdef POSMLP_BF16_DOT
+// bfloat16's bits in words of 32, and the pairs (first[i], second[i]).
+template <class V, class Words = typename Lanes<kLanesOf<V>>::words>
+inline Words rounded_bits(V v) {
+  const auto single = __builtin_convertvector(v, typename Lanes<kLanesOf<V>>::floats);
+  typename Lanes<kLanesOf<V>>::halves rounded;
+  narrow<kLanesOf<V>>(reinterpret_cast<const float*>(&single), reinterpret_cast<Bfloat16*>(&rounded));
+  return __builtin_convertvector(rounded, Words);
+}
+template <class V>
+inline void store_pairs(Pair* to, V first, V second) {
+  const auto pairs = rounded_bits(first) | rounded_bits(second) << 16;
+  __builtin_memcpy(to, &pairs, sizeof pairs);
+}
+
+template <>
+struct Operands<Pair> {
+  __m512bh values;
+  Operands() = default;
+  explicit Operands(const Pair* p) { __builtin_memcpy(&values, p, sizeof values); }
+  __attribute__((always_inline)) Vec<float> times(Pair weight, Vec<float> sum) const {
+    int32_t bits;
+    __builtin_memcpy(&bits, &weight, sizeof bits);
+    return (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(bits), values);
+  }
+};
+#endif
+
+// One step's weight, or a vector of them, out of doubles; without pairs the second ones do not matter.
+template <class E>
+inline E operand(double first, double second) {
+  E rounded;
+  if constexpr (kDepthOf<E> == 1) {
+    rounded = E(first);
+  } else {
+    Bfloat16 halves[2];
+    narrow(float(first), halves[0]);
+    narrow(float(second), halves[1]);
+    __builtin_memcpy(&rounded, halves, sizeof rounded);
+  }
+  return rounded;
+}
+template <class E>
+inline void store_operands(E* to, DoubleVec first, DoubleVec second) {
+  if constexpr (kDepthOf<E> == 1)
+    store_rounded(to, first);
+  else
+    store_pairs(to, first, second);
+}
+
+// P or its transpose, cut into tiles of kTileRows rows. Only what matters is there: for each tile the steps in which any
+// of its rows has a weight worth adding, with the tile's kTileRows weights side by side.
+template <class E>
 struct Packed {
   std::vector<int64_t> begin;    // [tiles + 1], into `row`
-  std::vector<int32_t> row;      // k * kPanel: where the multiplied panel has row k
-  std::vector<A> weights;        // [entries, kTileRows], and room for a vector to stick out
+  std::vector<int32_t> row;      // step * kPanel: where the multiplied panel has it
+  std::vector<E> weights;        // [entries, kTileRows], and room for a vector to stick out
 
   int64_t tiles() const { return int64_t(begin.size()) - 1; }
   void clear(int64_t most_entries) {
@@ -24,8 +101,8 @@ struct Packed {
 
 // to[r, :] = sum over the tile's entries of weight[r] * from[row, :]; both have rows of kPanel. Meanwhile the wanted cache
 // lines are asked for.
-template <class A, int kVectors>
-__attribute__((noinline)) void multiply_tile(const Packed<A>& packed, int64_t tile, const A* from, A* to,
+template <class A, class E, int kVectors>
+__attribute__((noinline)) void multiply_tile(const Packed<E>& packed, int64_t tile, const E* from, A* to,
                                              Wanted& wanted) {
   constexpr int kLanes = VectorOf<A>::kLanes, kPanel = kTileVectors * kLanes;
   Vec<A> sums[kTileRows][kVectors];
@@ -33,15 +110,15 @@ __attribute__((noinline)) void multiply_tile(const Packed<A>& packed, int64_t ti
     for (int v = 0; v < kVectors; ++v) sums[r][v] = Vec<A>{};
   const int64_t entries = packed.begin[tile + 1] - packed.begin[tile];
   const int32_t* row = packed.row.data() + packed.begin[tile];
-  const A* weights = packed.weights.data() + packed.begin[tile] * kTileRows;
+  const E* weights = packed.weights.data() + packed.begin[tile] * kTileRows;
   int64_t e = 0;
   do {
     wanted.ask();
-    const A* values = from + row[e];
-    Vec<A> vectors[kVectors];
-    for (int v = 0; v < kVectors; ++v) vectors[v] = load<A>(values + v * kLanes);
+    const E* operands = from + row[e];
+    Operands<E> vectors[kVectors];
+    for (int v = 0; v < kVectors; ++v) vectors[v] = Operands<E>(operands + v * kLanes);
     for (int r = 0; r < kTileRows; ++r)
-      for (int v = 0; v < kVectors; ++v) sums[r][v] += weights[r] * vectors[v];
+      for (int v = 0; v < kVectors; ++v) sums[r][v] = vectors[v].times(weights[r], sums[r][v]);
     weights += kTileRows;
   } while (++e < entries);
   for (int r = 0; r < kTileRows; ++r)
@@ -49,30 +126,31 @@ __attribute__((noinline)) void multiply_tile(const Packed<A>& packed, int64_t ti
   wanted.ask_for_the_rest();
 }
 
-template <class A>
-inline void multiply(const Packed<A>& packed, int64_t tile, const A* from, int64_t vectors, A* to,
+template <class A, class E>
+inline void multiply(const Packed<E>& packed, int64_t tile, const E* from, int64_t vectors, A* to,
                      Wanted& wanted) {
-  if (vectors == 3) return multiply_tile<A, 3>(packed, tile, from, to, wanted);
-  if (vectors == 2) return multiply_tile<A, 2>(packed, tile, from, to, wanted);
-  return multiply_tile<A, 1>(packed, tile, from, to, wanted);
+  if (vectors == 3) return multiply_tile<A, E, 3>(packed, tile, from, to, wanted);
+  if (vectors == 2) return multiply_tile<A, E, 2>(packed, tile, from, to, wanted);
+  return multiply_tile<A, E, 1>(packed, tile, from, to, wanted);
 }
 static_assert(kTileVectors == 3);
 
 // The outer product that is dP: to[r, at[v] + lane] += sum over columns c of left[r, c] * right[c, at[v] + lane].
-// left has rows of kPanel and `panels` panels `left_step` apart; right has rows of ld; so does to.
-template <class A, int kVectors>
-__attribute__((noinline)) void add_outer_tile(const A* left, int64_t left_step, int64_t panels, const A* right,
+// left has rows of a panel's steps and `panels` panels `left_rows` rows apart; right has a row of ld for each step; to
+// has rows of ld.
+template <class A, class E, int kVectors>
+__attribute__((noinline)) void add_outer_tile(const E* left, int64_t left_rows, int64_t panels, const E* right,
                                               const int32_t* at, A* to, int64_t ld) {
-  constexpr int kLanes = VectorOf<A>::kLanes, kPanel = kTileVectors * kLanes;
+  constexpr int kSteps = kTileVectors * VectorOf<A>::kLanes / kDepthOf<E>;
   Vec<A> sums[kTileRows][kVectors];
   for (int r = 0; r < kTileRows; ++r)
     for (int v = 0; v < kVectors; ++v) sums[r][v] = Vec<A>{};
-  for (int64_t panel = 0; panel < panels; ++panel, left += left_step)
-    for (int64_t c = 0; c < kPanel; ++c, right += ld) {
-      Vec<A> vectors[kVectors];
-      for (int v = 0; v < kVectors; ++v) vectors[v] = load<A>(right + at[v]);
+  for (int64_t panel = 0; panel < panels; ++panel, left += left_rows * kSteps)
+    for (int64_t c = 0; c < kSteps; ++c, right += ld) {
+      Operands<E> vectors[kVectors];
+      for (int v = 0; v < kVectors; ++v) vectors[v] = Operands<E>(right + at[v]);
       for (int r = 0; r < kTileRows; ++r)
-        for (int v = 0; v < kVectors; ++v) sums[r][v] += left[r * kPanel + c] * vectors[v];
+        for (int v = 0; v < kVectors; ++v) sums[r][v] = vectors[v].times(left[r * kSteps + c], sums[r][v]);
     }
   for (int r = 0; r < kTileRows; ++r)
     for (int v = 0; v < kVectors; ++v) {
@@ -82,14 +160,14 @@ __attribute__((noinline)) void add_outer_tile(const A* left, int64_t left_step, 
     }
 }
 
-template <class A>
-inline void add_outer(const A* left, int64_t left_step, int64_t panels, const A* right, const std::vector<int32_t>& at,
+template <class A, class E>
+inline void add_outer(const E* left, int64_t left_rows, int64_t panels, const E* right, const std::vector<int32_t>& at,
                       A* to, int64_t ld) {
   const int64_t count = int64_t(at.size());
   int64_t v = 0;
-  for (; v + 3 <= count; v += 3) add_outer_tile<A, 3>(left, left_step, panels, right, &at[v], to, ld);
-  if (count - v == 2) add_outer_tile<A, 2>(left, left_step, panels, right, &at[v], to, ld);
-  if (count - v == 1) add_outer_tile<A, 1>(left, left_step, panels, right, &at[v], to, ld);
+  for (; v + 3 <= count; v += 3) add_outer_tile<A, E, 3>(left, left_rows, panels, right, &at[v], to, ld);
+  if (count - v == 2) add_outer_tile<A, E, 2>(left, left_rows, panels, right, &at[v], to, ld);
+  if (count - v == 1) add_outer_tile<A, E, 1>(left, left_rows, panels, right, &at[v], to, ld);
 }
 
 // a[0] b[0] a[1] b[1] ... from the first (kHalf = 0) or the second halves of two vectors.
@@ -123,4 +201,31 @@ void transpose(const A* from, int64_t ld_from, A* to, int64_t ld_to, int64_t row
         }
       for (int r = 0; r < kLanes; ++r) store(to + (j + r) * ld_to + i, block[now][r]);
     }
+}
+
+// Numbers as operands of a product that sums over rows or along a row. Numbers that are operands already stay where they
+// are; pairs go to `room`, which may be null otherwise.
+template <class E, class A>
+inline const E* operands_of_rows(const A* from, int64_t rows, int64_t count, E* room) {
+  if constexpr (kDepthOf<E> == 1) {
+    return from;
+  } else {
+    for (int64_t k = 0; k < rows; k += 2)
+      for (int64_t c = 0; c < count; c += VectorOf<A>::kLanes) {
+        const Vec<A> above = load<A>(from + k * count + c);
+        const Vec<A> below = k + 1 < rows ? load<A>(from + (k + 1) * count + c) : Vec<A>{};
+        store_pairs(room + k / 2 * count + c, above, below);
+      }
+    return room;
+  }
+}
+template <class E, class A>
+inline const E* operands_along_rows(const A* from, int64_t count, E* room) {
+  if constexpr (kDepthOf<E> == 1) {
+    return from;
+  } else {
+    for (int64_t i = 0; i < count; i += VectorOf<A>::kLanes)
+      narrow<VectorOf<A>::kLanes>(from + i, reinterpret_cast<Bfloat16*>(room) + i);
+    return room;
+  }
 }

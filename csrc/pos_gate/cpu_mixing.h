@@ -19,25 +19,27 @@ struct MixingBuffers {
   std::vector<A> dense;
 };
 
-template <class A>
+// E: what the products multiply; epsilon: of the results' type.
+template <class A, class E>
 class Mixing {
  public:
-  Mixing(const Call& call, MixingBuffers<A>& buffers) : call_(call), shape_(call.shape), b_(buffers) {}
+  Mixing(const Call& call, double epsilon, MixingBuffers<A>& buffers)
+      : call_(call), shape_(call.shape), epsilon_(epsilon), b_(buffers) {}
 
   void prepare(const Window& window, int64_t group) {
     window_ = &window;
     table_ = at_group(call_.table, group, shape_.table_size());
     centre_ = shape_.table_size() / 2;
-    negligible_ = call_.softmax ? double(std::numeric_limits<A>::epsilon()) / 128 / double(window.tokens) : 0;
+    negligible_ = call_.softmax ? epsilon_ / 128 / double(window.tokens) : 0;
     factored_ = table_ && !call_.matrix && weigh_table() && scale_rows();
     if (factored_) find_peaks();
     if (!factored_) build_dense(group);
   }
 
   // Tiles of queries, entries are keys.
-  void pack_rows(Packed<A>& packed) { pack<true>(packed); }
+  void pack_rows(Packed<E>& packed) { pack<true>(packed); }
   // Tiles of keys, entries are queries: the transpose.
-  void pack_columns(Packed<A>& packed) { pack<false>(packed); }
+  void pack_columns(Packed<E>& packed) { pack<false>(packed); }
 
   // Adds the gradients of a group's table and matrix, given dP [tokens, ld]. Sums over rows are taken in double, where
   // their order does not show.
@@ -55,7 +57,7 @@ class Mixing {
   }
 
  private:
-  static constexpr int kDoubles = VectorOf<double>::kLanes;
+  static constexpr int kDoubles = VectorOf<double>::kLanes, kDepth = kDepthOf<E>;
 
   static const A* at_group(const void* parameter, int64_t group, int64_t size) {
     return parameter ? static_cast<const A*>(parameter) + group * size : nullptr;
@@ -169,9 +171,9 @@ class Mixing {
   // ---- packing ----
 
   template <bool kRows>
-  void pack(Packed<A>& packed) {
+  void pack(Packed<E>& packed) {
     const int64_t tokens = window_->tokens, tiles = divide_up(tokens, kTileRows);
-    packed.clear(tiles * tokens);
+    packed.clear(tiles * divide_up(tokens, kDepth));
     int64_t entries = 0;
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t first = tile * kTileRows, rows = std::min<int64_t>(kTileRows, tokens - first);
@@ -179,7 +181,7 @@ class Mixing {
           rows == kTileRows && window_->place[first + rows - 1] == window_->place[first] + rows - 1 && factored_;
       entries = side_by_side ? pack_run<kRows>(packed, entries, first) : pack_tile<kRows>(packed, entries, first, rows);
       if (entries == packed.begin.back()) {  // a tile has at least one
-        std::fill_n(&packed.weights[entries * kTileRows], kTileRows, A(0));
+        std::fill_n(&packed.weights[entries * kTileRows], kTileRows, E{});
         packed.row[entries++] = 0;
       }
       packed.begin.push_back(entries);
@@ -189,36 +191,45 @@ class Mixing {
   // A tile whose tokens lie side by side along the last dimension: their weights do so too, in the table's mirror image
   // for queries, in the table for keys.
   template <bool kRows>
-  int64_t pack_run(Packed<A>& packed, int64_t entries, int64_t first) const {
+  int64_t pack_run(Packed<E>& packed, int64_t entries, int64_t first) const {
     const double* weight = kRows ? b_.flipped.data() : b_.weight.data();
     const double* peak = kRows ? b_.flipped_peak.data() : b_.peak.data();
     const double largest = kRows ? *std::max_element(&b_.scale[first], &b_.scale[first] + kTileRows) : 1;
-    const int64_t origin = centre_ + window_->place[first];
-    for (int64_t k = 0; k < window_->tokens; ++k) {
-      const int64_t at = origin - window_->place[k];
-      if (!(peak[at] * (kRows ? largest : b_.scale[k]) > negligible_)) continue;
-      A* to = &packed.weights[entries * kTileRows];
-      for (int r = 0; r < kTileRows; r += kDoubles) {
-        const DoubleVec scale = kRows ? load<double>(&b_.scale[first + r]) : fill<DoubleVec>(b_.scale[k]);
-        store_rounded(to + r, load<double>(weight + at + r) * scale);
-      }
-      packed.row[entries++] = int32_t(k * kPanelOf<A>);
+    const int64_t origin = centre_ + window_->place[first], tokens = window_->tokens;
+    const auto counts = [&](int64_t k) {
+      return peak[origin - window_->place[k]] * (kRows ? largest : b_.scale[k]) > negligible_;
+    };
+    const auto weights = [&](int64_t k, int r) {
+      const DoubleVec scale = kRows ? load<double>(&b_.scale[first + r]) : fill<DoubleVec>(b_.scale[k]);
+      return load<double>(weight + origin - window_->place[k] + r) * scale;
+    };
+    for (int64_t k = 0; k < tokens; k += kDepth) {
+      const bool two = kDepth == 2 && k + 1 < tokens;
+      if (!(counts(k) || (two && counts(k + 1)))) continue;
+      E* to = &packed.weights[entries * kTileRows];
+      for (int r = 0; r < kTileRows; r += kDoubles)
+        store_operands(to + r, weights(k, r), two ? weights(k + 1, r) : DoubleVec{});
+      packed.row[entries++] = int32_t(k / kDepth * kPanelOf<A>);
     }
     return entries;
   }
 
   template <bool kRows>
-  int64_t pack_tile(Packed<A>& packed, int64_t entries, int64_t first, int64_t rows) const {
-    for (int64_t k = 0; k < window_->tokens; ++k) {
-      A* to = &packed.weights[entries * kTileRows];
+  int64_t pack_tile(Packed<E>& packed, int64_t entries, int64_t first, int64_t rows) const {
+    const int64_t tokens = window_->tokens;
+    for (int64_t k = 0; k < tokens; k += kDepth) {
+      E* to = &packed.weights[entries * kTileRows];
       bool counts = false;
       for (int64_t r = 0; r < rows; ++r) {
-        const double weight = kRows ? weight_of(first + r, k) : weight_of(k, first + r);
-        to[r] = A(weight);
-        counts |= !(std::abs(weight) <= negligible_);
+        double weights[2] = {0, 0};
+        for (int64_t d = 0; d < std::min<int64_t>(kDepth, tokens - k); ++d) {
+          weights[d] = kRows ? weight_of(first + r, k + d) : weight_of(k + d, first + r);
+          counts |= !(std::abs(weights[d]) <= negligible_);
+        }
+        to[r] = operand<E>(weights[0], weights[1]);
       }
-      std::fill(to + rows, to + kTileRows, A(0));
-      if (counts) packed.row[entries++] = int32_t(k * kPanelOf<A>);
+      std::fill(to + rows, to + kTileRows, E{});
+      if (counts) packed.row[entries++] = int32_t(k / kDepth * kPanelOf<A>);
     }
     return entries;
   }
@@ -314,6 +325,7 @@ class Mixing {
 
   const Call& call_;
   const Shape& shape_;
+  const double epsilon_;
   MixingBuffers<A>& b_;
   const Window* window_ = nullptr;
   const A* table_ = nullptr;  // of the group at hand

@@ -17,6 +17,14 @@ struct AccumulationOf<double> {
   using type = double;
 };
 
+// What a rounded result keeps apart from one.
+template <class T>
+constexpr double kEpsilonOf = double(std::numeric_limits<T>::epsilon());
+template <>
+constexpr double kEpsilonOf<Bfloat16> = 0x1p-7;
+template <>
+constexpr double kEpsilonOf<Float16> = 0x1p-10;
+
 inline uint32_t bits_of(float a) {
   uint32_t bits;
   __builtin_memcpy(&bits, &a, 4);
@@ -73,6 +81,17 @@ inline void widen(const Bfloat16* from, float* to) {
 }
 template <int kLanes>
 inline void narrow(const float* from, Bfloat16* to) {
+#ifdef POSMLP_BF16_DOT
+  if constexpr (kLanes == 16) {
+    const auto narrowed = _mm512_cvtneps_pbh(_mm512_loadu_ps(from));
+    __builtin_memcpy(to, &narrowed, sizeof narrowed);
+    return;
+  } else if constexpr (kLanes == 8) {
+    const auto narrowed = _mm256_cvtneps_pbh(_mm256_loadu_ps(from));
+    __builtin_memcpy(to, &narrowed, sizeof narrowed);
+    return;
+  }
+#endif
   typename Lanes<kLanes>::words bits;
   __builtin_memcpy(&bits, from, sizeof bits);
   const auto rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
@@ -87,6 +106,9 @@ inline void widen(const Float16* from, float* to) {
     for (int i = 0; i < kLanes; i += 8)
       _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
     return;
+  } else if constexpr (kLanes == 4) {
+    _mm_storeu_ps(to, _mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+    return;
   }
 #endif
   for (int i = 0; i < kLanes; ++i) to[i] = widen(from[i]);
@@ -98,6 +120,9 @@ inline void narrow(const float* from, Float16* to) {
     for (int i = 0; i < kLanes; i += 8)
       _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i),
                        _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
+    return;
+  } else if constexpr (kLanes == 4) {
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_cvtps_ph(_mm_loadu_ps(from), _MM_FROUND_TO_NEAREST_INT));
     return;
   }
 #endif

@@ -28,7 +28,7 @@ def test_kernels_equal_the_definition(tmp_path):
 
 
 @pytest.mark.skipif("cpu" not in backends(), reason="the cpu back end was not built")
-@pytest.mark.parametrize("name", ["avx512", "avx2", "portable", "nonsense"])
+@pytest.mark.parametrize("name", ["avx512_bf16", "avx512", "avx2", "portable", "nonsense"])
 def test_the_environment_names_an_instruction_set(name):
     """All give the reference's numbers through the op; an unknown name is an error that lists the others."""
     script = (
