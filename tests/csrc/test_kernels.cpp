@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <ctime>
 #include <random>
 #include <string>
@@ -130,23 +131,43 @@ std::vector<double> definition(const Problem<A>& p) {
   return z;
 }
 
+// x, dz, z and dx as the kernels have them in memory: numbers, or the upper halves of float32 that are bfloat16.
+template <class A>
+std::vector<char> stored(const std::vector<A>& values, Storage storage) {
+  const size_t size = storage == Storage::bfloat16 ? 2 : sizeof(A);
+  std::vector<char> bytes(values.size() * size);
+  for (size_t i = 0; i < values.size(); ++i)
+    std::memcpy(&bytes[i * size], reinterpret_cast<const char*>(&values[i]) + (sizeof(A) - size), size);
+  return bytes;
+}
+template <class A>
+std::vector<A> read_back(const std::vector<char>& bytes, Storage storage) {
+  const size_t size = storage == Storage::bfloat16 ? 2 : sizeof(A);
+  std::vector<A> values(bytes.size() / size, A(0));
+  for (size_t i = 0; i < values.size(); ++i)
+    std::memcpy(reinterpret_cast<char*>(&values[i]) + (sizeof(A) - size), &bytes[i * size], size);
+  return values;
+}
+
 template <class A>
 struct Results {
   std::vector<A> z, dx, dtable, dmatrix, dbias, dnorm_weight, dnorm_bias;
 };
 
 template <class A>
-Results<A> run(const Problem<A>& p, const Kernels& kernels, int64_t splits) {
+Results<A> run(const Problem<A>& p, Storage storage, const Kernels& kernels, int64_t splits) {
   const Shape& s = p.shape;
   const int64_t n = s.window_tokens(), tokens = s.batch * s.map_tokens(), parts = s.groups * splits;
   Results<A> r;
   std::vector<A> mean(tokens), rstd(tokens), dx_normed(tokens * s.channels);
   Call call{};
   call.shape = s;
-  call.storage = sizeof(A) == 8 ? Storage::float64 : Storage::float32;
+  call.storage = storage;
   call.softmax = p.softmax;
   call.activation = p.activation;
-  call.x = p.x.data();
+  const auto x = stored(p.x, storage), dz = stored(p.dz, storage);
+  auto z = stored(std::vector<A>(tokens * s.channels), storage), dx = x;
+  call.x = x.data();
   call.x_view = s.contiguous(2 * s.channels);
   call.table = p.has_table ? p.table.data() : nullptr;
   call.matrix = p.has_matrix ? p.matrix.data() : nullptr;
@@ -162,17 +183,16 @@ Results<A> run(const Problem<A>& p, const Kernels& kernels, int64_t splits) {
     call.norm_rstd = rstd.data();
     kernels.statistics(call, 0, tokens);
   }
-  r.z.resize(tokens * s.channels);
-  call.z = r.z.data();
+  call.z = z.data();
   kernels.forward(call, 0, call.units());
+  r.z = read_back<A>(z, storage);
 
   const auto make = [](bool wanted, std::vector<A>& values, int64_t count) -> void* {
     values.resize(wanted ? count : 0);
     return wanted ? values.data() : nullptr;
   };
-  r.dx.resize(p.x.size());
-  call.dx = r.dx.data();
-  call.dz = p.dz.data();
+  call.dx = dx.data();
+  call.dz = dz.data();
   call.dz_view = s.contiguous(s.channels);
   call.dtable_parts = make(p.has_table, r.dtable, parts * s.table_size());
   call.dmatrix_parts = make(p.has_matrix, r.dmatrix, parts * n * n);
@@ -182,6 +202,7 @@ Results<A> run(const Problem<A>& p, const Kernels& kernels, int64_t splits) {
   call.dx_normed = dx_normed.data();
   kernels.backward(call, 0, call.units());
   if (p.has_norm) kernels.norm_backward(call, 0, call.norm_blocks);
+  r.dx = read_back<A>(dx, storage);
   return r;
 }
 
@@ -217,18 +238,35 @@ bool gradients_hold(const Problem<double>& p, const Results<double>& r, int64_t 
   return std::fabs(change - predicted) <= 1e-6 * scale;
 }
 
+// With x and dz that are bfloat16 already, storing in bfloat16 must change nothing but by rounding.
+bool bfloat16_holds(Problem<float> p, const Kernels& kernels, int64_t splits) {
+  for (auto* values : {&p.x, &p.dz}) *values = read_back<float>(stored(*values, Storage::bfloat16), Storage::bfloat16);
+  const auto exact = run(p, Storage::float32, kernels, splits), rounded = run(p, Storage::bfloat16, kernels, splits);
+  for (auto member : {&Results<float>::z, &Results<float>::dx, &Results<float>::dtable, &Results<float>::dmatrix,
+                      &Results<float>::dbias, &Results<float>::dnorm_weight, &Results<float>::dnorm_bias}) {
+    float scale = 5;  // sums may cancel to less
+    for (float value : exact.*member) scale = std::max(scale, std::fabs(value));
+    for (size_t i = 0; i < (exact.*member).size(); ++i)
+      if (!(std::fabs((exact.*member)[i] - (rounded.*member)[i]) <= 0.05f * scale)) return false;
+  }
+  return true;
+}
+
 template <class A>
 bool check(const Problem<A>& p, const Kernels& kernels, uint64_t seed) {
   const int64_t splits = pick(1, 3);
   const auto expected = definition(p);
-  const auto results = run(p, kernels, splits);
+  const auto results = run(p, sizeof(A) == 8 ? Storage::float64 : Storage::float32, kernels, splits);
   double error = 0, scale = 1e-3;
   for (size_t i = 0; i < expected.size(); ++i) {
     error = std::max(error, std::fabs(expected[i] - double(results.z[i])));
     scale = std::max(scale, std::fabs(expected[i]));
   }
   bool right = error <= scale * (sizeof(A) == 8 ? 1e-12 : 2e-5);
-  if constexpr (sizeof(A) == 8) right = right && gradients_hold(p, results, splits);
+  if constexpr (sizeof(A) == 8)
+    right = right && gradients_hold(p, results, splits);
+  else
+    right = right && bfloat16_holds(p, kernels, splits);
   for (double gradient : results.dx) right = right && std::isfinite(gradient);
   if (!right) {
     const Shape& s = p.shape;
