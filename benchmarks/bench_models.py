@@ -1,19 +1,24 @@
-"""PosMLP-T against ConvNeXt-T, Swin-T, gMLP-S and itself in the original's manner.
+"""PosMLP against ConvNeXt-T, Swin-T, gMLP-S and itself in the original's manner.
 
     python -m benchmarks.bench_models [--out FILE]
 
 Inference, and a training step: forward, cross entropy, backward, AdamW. Contenders take turns, round after
-round; the original's outputs are held to ours and a compiled model's to its eager one's before timing.
+round; the original's outputs are held to ours and a compiled model's to its eager one's before timing. One
+that fails is named and left out. On a GPU all convolutions are in channels-last layout.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import importlib.util
+import math
+import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +27,17 @@ from torch import Tensor, nn
 from posmlp import create_model
 from posmlp.data import optional
 from posmlp.original_style import OriginalStylePosMLP
+from posmlp_kernels import use_backend
 
+from .attempts import Attempts
+from .device import built_and_weighed
 from .targets import ORIGINAL, OURS, RIVALS, model_targets, show
-from .timing import Ceilings, machine, peak_memory, race, summary
+from .timing import Ceilings, machine, peak_memory, race, summary, write
+
+T = TypeVar("T")
 
 NAMES = (OURS, *RIVALS, "gmlp_s16_224", ORIGINAL)
+SIZES = ("posmlp_small", "posmlp_base")
 _TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}  # of the largest entry
 
 
@@ -39,6 +50,7 @@ class Setting:
     size: int
     device: torch.device
     dtype: torch.dtype
+    backend: str | None = None  # of our gates; None takes the fastest
 
     def __str__(self) -> str:
         return "training step" if self.training else "inference"
@@ -47,14 +59,15 @@ class Setting:
 def build(name: str, setting: Setting) -> nn.Module:
     """A model with random weights, the same on every call."""
     torch.manual_seed(0)
-    if name in (OURS, ORIGINAL):
-        model = create_model(OURS)
+    if name == ORIGINAL or name.startswith("posmlp_"):
+        model = create_model(OURS if name == ORIGINAL else name)
         model = OriginalStylePosMLP.like(model) if name == ORIGINAL else model
     else:
         # No random depth, which ours has only on request, so that losses can be compared.
         model = optional("timm", "models").create_model(name, drop_path_rate=0.0)
         nn.init.trunc_normal_(model.get_classifier().weight, std=0.02)  # gMLP's zeros would hide differences
-    return model.to(setting.device, setting.dtype).train(setting.training)
+    layout = torch.channels_last if setting.device.type == "cuda" else torch.preserve_format
+    return model.to(setting.device, setting.dtype, memory_format=layout).train(setting.training)
 
 
 def work_of(name: str, setting: Setting, compiled: bool = False) -> Callable[[], Tensor]:
@@ -64,11 +77,14 @@ def work_of(name: str, setting: Setting, compiled: bool = False) -> Callable[[],
     x = torch.randn(setting.batch, 3, setting.size, setting.size, generator=generator)
     y = torch.randint(10, (setting.batch,), generator=generator).to(setting.device)  # classes that all have
     x = x.to(setting.device, setting.dtype)
+    if setting.device.type == "cuda":
+        x = x.contiguous(memory_format=torch.channels_last)
     function = torch.compile(model, dynamic=False) if compiled else model
     if not setting.training:
-        return torch.no_grad()(partial(function, x))
+        return use_backend(setting.backend)(torch.no_grad()(partial(function, x)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
 
+    @use_backend(setting.backend)
     def step() -> Tensor:
         loss = F.cross_entropy(function(x), y)
         optimizer.zero_grad()
@@ -79,37 +95,60 @@ def work_of(name: str, setting: Setting, compiled: bool = False) -> Callable[[],
     return step
 
 
-def check(works: Mapping[str, Callable[[], Tensor]], dtype: torch.dtype) -> None:
-    """Hold the original to ours, and what is compiled to what is not.
-
-    Raises: `RuntimeError` for a contender that computes something else.
-    """
-    outputs = {name: work().float() for name, work in works.items()}
-    for name, output in outputs.items():
-        eager = name.removesuffix(", compiled")
-        wanted = outputs[OURS if eager == ORIGINAL and OURS in outputs else eager]
-        error = ((output - wanted).abs().max() / wanted.abs().max()).item()
-        if not error <= _TOLERANCES[dtype]:
-            raise RuntimeError(f"{name} computes something else: error {error:.1e}")
+def check(works: Mapping[str, Callable[[], Tensor]], dtype: torch.dtype, attempts: Attempts) -> list[str]:
+    """The names of those that compute what they should: the original what ours does, compiled what eager."""
+    outputs = {name: attempts(name, lambda work=work: work().float()) for name, work in works.items()}
+    outputs = {name: output for name, output in outputs.items() if output is not None}
+    return [name for name in outputs if attempts(name, _agrees, name, outputs, dtype)]
 
 
-def measure(names: list[str], compiled: list[str], setting: Setting, seconds: float, rounds: int) -> dict:
-    """A row of the results: times in seconds, the ceilings meanwhile, and a training step's peak memory."""
+def _agrees(name: str, outputs: Mapping[str, Tensor], dtype: torch.dtype) -> bool:
+    eager = name.removesuffix(", compiled")
+    wanted = outputs[OURS if eager == ORIGINAL and OURS in outputs else eager]
+    error = ((outputs[name] - wanted).abs().max() / wanted.abs().max()).item()
+    if not error <= _TOLERANCES[dtype]:
+        raise RuntimeError(f"{name} computes something else: error {error:.1e}")
+    return True
+
+
+def measure(
+    names: list[str],
+    compiled: list[str],
+    setting: Setting,
+    seconds: float,
+    rounds: int,
+    deadline: float = math.inf,
+) -> dict:
+    """A row of the results: times in seconds, the ceilings meanwhile, and peak memory: on a GPU of every
+    contender, otherwise of a training step."""
     torch._dynamo.reset()
-    works = {name: work_of(name, setting) for name in names}
-    works |= {f"{name}, compiled": work_of(name, setting, True) for name in compiled}
-    check(works, setting.dtype)
+    on_gpu, attempts = setting.device.type == "cuda", Attempts(deadline)
+    works, memory = {}, {}
+    for name, by_compiler in [*((name, False) for name in names), *((name, True) for name in compiled)]:
+        shown = f"{name}, compiled" if by_compiler else name
+        built = attempts(shown, built_and_weighed if on_gpu else _built, work_of, name, setting, by_compiler)
+        if built is not None:
+            works[shown], memory[shown] = built
+    right = check(works, setting.dtype, attempts)
     ceilings = Ceilings(setting.device, setting.dtype)
-    times = race(works | ceilings.works, seconds, rounds)
+    racing = {name: works[name] for name in right} | ceilings.works
+    times = attempts("race", race, racing, seconds, rounds) or {}
     row = {
         "what": str(setting),
         "batch": setting.batch,
-        "times": {name: asdict(times[name]) for name in works},
-        "ceilings": ceilings.rates(times),
+        "times": {name: asdict(times[name]) for name in right if name in times},
+        "ceilings": ceilings.rates(times) if times else {},
+        "failures": attempts.failures,
     }
-    if setting.training:
-        row["memory"] = {name: peak_memory(work_of, name, setting) for name in names}
+    if on_gpu:
+        row["memory"] = {name: memory[name] for name in right}
+    elif setting.training:
+        row["memory"] = {name: peak_memory(work_of, name, setting) for name in names if name in right}
     return row
+
+
+def _built(build: Callable[..., T], *arguments: object) -> tuple[T, None]:
+    return build(*arguments), None
 
 
 def lines(row: dict) -> list[str]:
@@ -117,49 +156,62 @@ def lines(row: dict) -> list[str]:
     ours = row["times"][OURS]["median"] if OURS in row["times"] else float("nan")
     title = f"{row['what']}, batch {row['batch']}"
     out = [f"\n{title:<39}{'ms':>9}{'spread':>9}{'of ours':>9}{'peak MB':>9}"]
-    for name, time in row["times"].items():
+    for name, took in row["times"].items():
         memory = row.get("memory", {}).get(name)
-        cells = f"{1e3 * time['median']:>9.1f}{1e3 * time['spread']:>9.1f}{time['median'] / ours:>9.2f}"
+        cells = f"{1e3 * took['median']:>9.1f}{1e3 * took['spread']:>9.1f}{took['median'] / ours:>9.2f}"
         out.append(f"{name:<39}{cells}{'' if memory is None else f'{memory / 2**20:>9.0f}'}")
-    return out
+    return out + [f"    {name}: {why}" for name, why in row["failures"].items()]
 
 
 def main(arguments: list[str] | None = None) -> None:
+    given = _parser().parse_args(arguments)
+    timm = importlib.util.find_spec("timm")
+    if timm is None:
+        print("timm is not installed: its models are left out")
+    names = [name for name in given.models if timm or name == ORIGINAL or name.startswith("posmlp_")]
+    compiled = [name for name in names if given.compile is None or name in given.compile]
+    deadline, dtype = time.monotonic() + given.limit, getattr(torch, given.dtype)
+    results = {
+        "machine": machine(given.device),
+        "timm": optional("timm", "models").__version__ if timm else None,
+        "device": given.device.type,
+        "dtype": given.dtype,
+        "backend": given.backend,
+        "size": given.size,
+        "rows": (rows := []),
+    }
+    for training, batches in ((False, given.batch), (True, given.train_batch)):
+        for batch in batches:
+            setting = Setting(training, batch, given.size, given.device, dtype, given.backend)
+            rows.append(measure(names, compiled, setting, given.seconds, given.rounds, deadline))
+            print("\n".join(lines(rows[-1])), flush=True)
+            results["ceilings"] = summary([row["ceilings"] for row in rows if row["ceilings"]])
+            write(results, given.out)
+    show(results["ceilings"], model_targets(results))
+    failures = [why for row in rows for why in row["failures"].values()]
+    if failures:
+        sys.exit(f"{len(failures)} measurements are missing, the first because of: {failures[0]}")
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    choices = (*NAMES, *SIZES)
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--backend", help="of our gates; default: the fastest")
     parser.add_argument("--batch", type=int, nargs="*", default=[1, 8], help="of inference; default: 1 8")
     parser.add_argument("--train-batch", type=int, nargs="*", default=[8], help="of training; default: 8")
     parser.add_argument("--size", type=int, default=224, help="side of the images; Swin and gMLP need 224")
-    parser.add_argument("--models", nargs="*", default=list(NAMES), choices=NAMES, help="default: all")
-    parser.add_argument("--compile", nargs="*", choices=NAMES, help="what to compile; default: every model")
+    parser.add_argument("--models", nargs="*", default=list(NAMES), choices=choices, help="default: T's")
+    parser.add_argument("--compile", nargs="*", choices=choices, help="what to compile; default: every model")
     parser.add_argument("--no-compile", action="store_const", dest="compile", const=[], help="none")
     parser.add_argument("--seconds", type=float, default=1.5, help="for each contender of a setting")
     parser.add_argument("--rounds", type=int, default=3, help="at least")
+    parser.add_argument("--limit", type=float, default=math.inf, help="seconds after which nothing is begun")
     parser.add_argument("--out", type=Path, help="write the results as JSON")
-    given = parser.parse_args(arguments)
-    compiled = [n for n in given.models if given.compile is None or n in given.compile]
-    rows = []
-    for training, batches in ((False, given.batch), (True, given.train_batch)):
-        for batch in batches:
-            setting = Setting(training, batch, given.size, given.device, getattr(torch, given.dtype))
-            rows.append(measure(given.models, compiled, setting, given.seconds, given.rounds))
-            print("\n".join(lines(rows[-1])), flush=True)
-    results = {
-        "machine": machine(given.device),
-        "timm": optional("timm", "models").__version__,
-        "device": given.device.type,
-        "dtype": given.dtype,
-        "size": given.size,
-        "ceilings": summary([row["ceilings"] for row in rows]),
-        "rows": rows,
-    }
-    show(results["ceilings"], model_targets(results))
-    if given.out:
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        given.out.write_text(json.dumps(results, indent=1) + "\n")
+    return parser
 
 
 if __name__ == "__main__":

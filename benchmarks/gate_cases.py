@@ -9,10 +9,14 @@ import torch
 
 from posmlp_kernels import PosSGU
 
+FORWARD, BACKWARD, BOTH = DIRECTIONS = ("forward", "backward", "forward + backward")
+_PRODUCTS = {FORWARD: 1, BACKWARD: 3, BOTH: 4}  # a backward makes P X1 again, P^T dU and dU X1^T
+_ELEMENTS = {FORWARD: 3, BACKWARD: 5, BOTH: 8}  # of C a token: x and z; x, dz and dx
+
 
 @dataclass(frozen=True)
 class Gate:
-    """A gate on square maps `[batch, map, map, 2 * channels]`.
+    """A gate on maps `[batch, map, map, 2 * channels]`, with as many sides `map` as `rank` says.
 
     Args:
         trained: encodings that have moved from where they start (quadratic ones only).
@@ -28,6 +32,7 @@ class Gate:
     encoding: str = "gqpe"
     shift: int = 0
     trained: bool = False
+    rank: int = 2
     against: tuple[str, ...] = ("plain",)
 
     @property
@@ -35,15 +40,15 @@ class Gate:
         """Whether whole windows cover the map."""
         return self.map % self.window == 0 and self.shift == 0
 
-    def flops(self, backward: bool) -> float:
-        """Those of mixing tokens that share a window; a backward takes three times the forward's."""
+    def flops(self, direction: str) -> float:
+        """Those of mixing tokens that share a window."""
         edges = [0, *range(self.window - self.shift, self.map, self.window), self.map]
-        pairs = sum((end - start) ** 2 for start, end in pairwise(edges)) ** 2
-        return 2.0 * self.batch * pairs * self.channels * (4 if backward else 1)
+        pairs = sum((end - start) ** 2 for start, end in pairwise(edges)) ** self.rank
+        return 2.0 * self.batch * pairs * self.channels * _PRODUCTS[direction]
 
-    def elements(self, backward: bool) -> int:
-        """What must at least be read or written: x, z; then x and dz again, and dx."""
-        return self.batch * self.map**2 * self.channels * (8 if backward else 3)
+    def elements(self, direction: str) -> int:
+        """What must at least be read or written."""
+        return self.batch * self.map**self.rank * self.channels * _ELEMENTS[direction]
 
     def layer(self, activation: str = "none", backend: str | None = None) -> PosSGU:
         """The layer in eval mode, with the same parameters on every call."""
@@ -55,7 +60,7 @@ class Gate:
         torch.manual_seed(0)
         layer = PosSGU(
             2 * self.channels,
-            self.window,
+            (self.window,) * self.rank,
             groups=self.groups,
             encoding=self.encoding,
             shift=self.shift,
@@ -63,14 +68,16 @@ class Gate:
             backend=backend,
         )
         with torch.no_grad():
-            layer.bias.copy_(normal(self.window**2))
+            layer.bias.copy_(normal(self.window**self.rank))
             if self.trained and self.encoding == "gqpe":
                 # Stands for training, after which groups look at different places, sharply or widely, along
                 # directions of their own: the demo's gates end at centres 1 to 2 tokens away and singular
                 # values of the factor from 0.01 to 3. These are wider on the whole (median 0.6), so that
                 # fewer weights are negligible: the harder case.
-                layer.center.copy_(1.5 * normal(self.groups, 2))
-                layer.factor.copy_(0.6 * (torch.eye(2) + 0.5 * normal(self.groups, 2, 2)))
+                layer.center.copy_(1.5 * normal(self.groups, self.rank))
+                layer.factor.copy_(
+                    0.6 * (torch.eye(self.rank) + 0.5 * normal(self.groups, self.rank, self.rank))
+                )
         return layer.eval()
 
 
@@ -84,8 +91,7 @@ STAGES = (
 )
 TRAINED = tuple(replace(s, name=f"{s.name}, trained", trained=True, against=_EAGER) for s in STAGES)
 _STAGE_2 = replace(TRAINED[1], against=("plain",))
-VARIANTS = (
-    replace(_STAGE_2, name="LRPE", encoding="lrpe", groups=1),
+_ENCODINGS_AND_WINDOWS = (
     replace(_STAGE_2, name="GLRPE", encoding="lrpe"),
     replace(_STAGE_2, name="LRPE-M", encoding="lrpe_m", groups=1),
     replace(_STAGE_2, name="shifted windows", shift=7),
@@ -94,13 +100,33 @@ VARIANTS = (
     replace(_STAGE_2, name="window 7, 56²", map=56, window=7, channels=192, groups=8),
     replace(_STAGE_2, name="window 12, 48²", map=48, window=12),
     replace(_STAGE_2, name="window 24, 24²", map=24, window=24, channels=768, groups=32),
-    *(
-        replace(stage, name=f"{size}, {stage.name}", channels=stage.channels * d // 96, against=("plain",))
-        for size, d in (("PosMLP-S", 128), ("PosMLP-B", 192))
-        for stage in TRAINED[:3]
+)
+_SIZES = tuple(
+    replace(stage, name=f"{size}, {stage.name}", channels=stage.channels * d // 96, against=("plain",))
+    for size, d in (("PosMLP-S", 128), ("PosMLP-B", 192))
+    for stage in TRAINED[:3]
+)
+_LRPE = replace(_STAGE_2, name="LRPE", encoding="lrpe", groups=1)
+CASES = (*STAGES, *TRAINED, _LRPE, *_ENCODINGS_AND_WINDOWS, *_SIZES)
+
+
+def _large(*cases: Gate, against: tuple[str, ...] = ("ours, gelu", "plain", "reference")) -> tuple[Gate, ...]:
+    return tuple(replace(case, batch=128, against=against) for case in cases)
+
+
+# On a GPU, where P is dense whatever the parameters are: what "trained" would change is left out.
+_ON_GPU = ("ours, gelu", "plain", "plain, compiled", "original", "original, compiled", "reference")
+_GPU_STAGES = _large(*STAGES, against=_ON_GPU) + _large(*_SIZES, against=_ON_GPU[:4])
+_GPU_VARIANTS = (
+    *_large(*(replace(s, name=f"LRPE, {s.name}", encoding="lrpe", groups=1) for s in STAGES[:3])),
+    *_large(*_ENCODINGS_AND_WINDOWS),
+    *_large(
+        replace(_STAGE_2, name="window 32, 32²", map=32, window=32),
+        replace(_STAGE_2, name="1-D, window 196, 3136", rank=1, map=3136, window=196, channels=192, groups=8),
+        replace(_STAGE_2, name="3-D, window 4³, 16³", rank=3, map=16, window=4, channels=192, groups=8),
     ),
 )
-CASES = STAGES + TRAINED + VARIANTS
+SUITES = {"cpu": CASES, "gpu stages": _GPU_STAGES, "gpu variants": _GPU_VARIANTS}
 
 # Forward time against one size, the others fixed: by the axis's label, a gate for every size.
 _SWEPT = [replace(stage, against=("plain", "original")) for stage in TRAINED]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import statistics
@@ -34,26 +35,11 @@ class Time:
         return cls(statistics.median(times), high - low, len(times))
 
 
-def race(contenders: Mapping[str, Callable[[], object]], seconds: float, rounds: int) -> dict[str, Time]:
-    """Time contenders in turn, round after round, so that the machine's drift meets all alike.
-
-    Args:
-        contenders: what to call, by name.
-        seconds: to spend on each, at least.
-        rounds: at least, after one that does not count.
-    """
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for work in contenders.values():
-        _burst(work)
-    end, done = time.perf_counter() + seconds * len(contenders), 0
-    while done < rounds or time.perf_counter() < end:
-        for name, work in contenders.items():
-            times[name] += _burst(work)
-        done += 1
-    return {name: Time.of(runs) for name, runs in times.items()}
+Burst = Callable[[Callable[[], object]], list[float]]
 
 
-def _burst(work: Callable[[], object]) -> list[float]:
+def wall(work: Callable[[], object]) -> list[float]:
+    """Seconds of a few runs, by the host's clock; on a GPU from idle to idle."""
     times, now = [], _now()
     end = now + _BURST
     while now < end:
@@ -62,6 +48,28 @@ def _burst(work: Callable[[], object]) -> list[float]:
         now = _now()
         times.append(now - start)
     return times
+
+
+def race(
+    contenders: Mapping[str, Callable[[], object]], seconds: float, rounds: int, burst: Burst = wall
+) -> dict[str, Time]:
+    """Time contenders in turn, round after round, so that the machine's drift meets all alike.
+
+    Args:
+        contenders: what to call, by name.
+        seconds: to spend on each, at least.
+        rounds: at least, after one that does not count.
+        burst: how to time work a few times, in seconds.
+    """
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for work in contenders.values():
+        burst(work)
+    end, done = time.perf_counter() + seconds * len(contenders), 0
+    while done < rounds or time.perf_counter() < end:
+        for name, work in contenders.items():
+            times[name] += burst(work)
+        done += 1
+    return {name: Time.of(runs) for name, runs in times.items()}
 
 
 def _now() -> float:
@@ -73,14 +81,16 @@ def _now() -> float:
 class Ceilings:
     """What the machine can do at best: a few works that race along with everything else.
 
-    gemm: flops a second of torch's product of two square matrices (in float32 on a CPU, MKL's sgemm).
+    gemm: flops a second of torch's product of two square matrices (in float32 on a CPU, MKL's sgemm), of
+        the side `size`; without one, what keeps the device busy.
     onednn: the same product by oneDNN, where torch has it; MKL keeps to AVX2 on processors not Intel's.
     copy: bytes a second, read and written, of a copy far larger than the caches.
     """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, size: int = 2048) -> None:
+    def __init__(self, device: torch.device, dtype: torch.dtype, size: int | None = None) -> None:
+        size, depth = (size or 8192, 4) if device.type == "cuda" else (size or 2048, 16)
         a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-        source = torch.zeros(size * size * 16, device=device)
+        source = torch.zeros(size * size * depth, device=device)
         target = torch.empty_like(source).copy_(source)
         self.amounts = {"gemm": 2.0 * size**3, "copy": 2.0 * source.nbytes}
         self.works: dict[str, Callable[[], object]] = {
@@ -154,6 +164,15 @@ def machine(device: torch.device) -> dict[str, str | int]:
         "commit": _commit(),
         "date": date.today().isoformat(),
     }
+
+
+def write(results: dict, path: Path | None) -> None:
+    """As JSON, if a path is given; whole or not at all, whenever the program may be stopped."""
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(results, indent=1) + "\n")
+        partial.replace(path)
 
 
 def _processor() -> str:

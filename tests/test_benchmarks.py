@@ -15,12 +15,13 @@ pytest.importorskip("timm", reason="the benchmarks measure timm's models")
 pytest.importorskip("matplotlib", reason="the benchmarks draw figures")
 
 from benchmarks import bench_models, bench_pos_gate, report, targets, timing
-from benchmarks.gate_cases import CASES, SWEEPS, Gate
-from benchmarks.gate_contenders import Contender, Settings, check, contender
+from benchmarks.attempts import Attempts
+from benchmarks.gate_cases import DIRECTIONS, FORWARD, SUITES, SWEEPS, Gate
+from benchmarks.gate_contenders import Contender, Settings, Truth, contender
 from benchmarks.plots import draw
 
 CPU = torch.device("cpu")
-SETTINGS = Settings(CPU, torch.float32)
+SETTINGS = Settings(CPU)
 TIME = {"median", "spread", "runs"}
 MACHINE = {"processor", "instructions", "cores", "threads", "torch", "python", "commit", "date"}
 
@@ -48,6 +49,8 @@ def test_gate_benchmark_writes_everything(tmp_path, capsys):
     assert set(both["times"]) == timed
     for row in results["rows"]:
         assert all(set(time) == TIME and time["median"] > 0 for time in row["times"].values())
+        assert set(row["errors"]) == {"ours"} and not row["failures"]
+        assert 0 < max(row["errors"]["ours"].values()) < 4
     assert both["flops"] == 4 * forward["flops"] == 8 * 49 * 49 * 768
     assert forward["bytes"] == 3 * 49 * 768 * 4
     assert set(both["memory"]) == {"ours", "plain", "original"}
@@ -69,29 +72,32 @@ def test_sweeps():
 
 
 @pytest.mark.parametrize("encoding", ["gqpe", "lrpe", "lrpe_m"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("backward", [False, True])
-def test_contenders_agree(encoding, dtype, backward):
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_contenders_agree(encoding, precision, direction):
     against = ("ours, gelu", "plain", "original") if encoding == "gqpe" else ("ours, gelu", "plain")
     case = Gate(
         "tiny", 8, 4, 12, 1 if encoding == "lrpe_m" else 3, 2, encoding, trained=True, against=against
     )
-    settings = Settings(CPU, dtype)
-    check(case, {name: contender(case, name, settings) for name in ("ours", *against)}, backward, settings)
+    settings = Settings(CPU, precision)
+    truth = Truth(case, direction, settings)
+    for name in ("ours", *against):
+        truth.check(name, contender(case, name, settings))
 
 
 def test_a_wrong_contender_is_found():
     case = Gate("tiny", 4, 2, 4, 2, 1)
     ours = contender(case, "ours", SETTINGS)
     wrong = Contender(lambda x: ours.function(x) * 1.001, ours.x, ours.dz)
-    for backward in (False, True):
+    for direction in DIRECTIONS:
         with pytest.raises(RuntimeError, match="plain differs from the reference on tiny"):
-            check(case, {"ours": ours, "plain": wrong}, backward, SETTINGS)
+            Truth(case, direction, SETTINGS).check("plain", wrong)
 
 
 def test_cases_are_distinct_and_fit():
-    assert len({case.name for case in CASES}) == len(CASES)
-    for case in (*CASES, *(gate for points in SWEEPS.values() for gate in points.values())):
+    cases = [case for suite in SUITES.values() for case in suite]
+    assert all(len({case.name for case in suite}) == len(suite) for suite in SUITES.values())
+    for case in (*cases, *(gate for points in SWEEPS.values() for gate in points.values())):
         case.layer()  # raises for sizes that do not fit
         assert case.tiled or "original" not in case.against
 
@@ -102,8 +108,8 @@ def test_flops_count_the_pairs_of_tokens_that_share_a_window():
     window_of = torch.cartesian_prod(place, place)  # [tokens, 2]
     pairs = (window_of.unsqueeze(0) == window_of.unsqueeze(1)).all(-1).sum().item()
     case = Gate("partial", side, window, 5, 1, 2, shift=shift)
-    assert case.flops(backward=False) == 2 * 2 * pairs * 5
-    assert Gate("whole", 6, 3, 5, 1, 2).flops(backward=False) == 2 * 2 * 36 * 9 * 5
+    assert case.flops(FORWARD) == 2 * 2 * pairs * 5
+    assert Gate("whole", 6, 3, 5, 1, 2).flops(FORWARD) == 2 * 2 * 36 * 9 * 5
 
 
 # ---- models ----
@@ -124,10 +130,11 @@ def test_the_original_and_ours_compute_the_same():
     setting = bench_models.Setting(False, 1, 224, CPU, torch.float32)
     names = (targets.OURS, targets.ORIGINAL)
     works = {name: bench_models.work_of(name, setting) for name in names}
-    bench_models.check(works, torch.float32)
+    assert bench_models.check(works, torch.float32, Attempts()) == list(names)
     works[targets.ORIGINAL] = lambda: works[targets.OURS]() * 1.01
-    with pytest.raises(RuntimeError, match="original PosMLP-T computes something else"):
-        bench_models.check(works, torch.float32)
+    attempts = Attempts()
+    assert bench_models.check(works, torch.float32, attempts) == [targets.OURS]
+    assert "original PosMLP-T computes something else" in attempts.failures[targets.ORIGINAL]
 
 
 def test_a_training_step_trains():
@@ -141,7 +148,7 @@ def test_model_program(tmp_path):
     small = ["--batch", "1", "--train-batch", "--seconds", "0", "--rounds", "1", "--no-compile"]
     bench_models.main([*models, *small, "--out", str(out)])
     results = json.loads(out.read_text())
-    assert set(results) == {"machine", "timm", "device", "dtype", "size", "ceilings", "rows"}
+    assert set(results) == {"machine", "timm", "device", "dtype", "backend", "size", "ceilings", "rows"}
     assert set(results["machine"]) == MACHINE
     assert [set(row["times"]) for row in results["rows"]] == [{targets.OURS}]
 
