@@ -39,6 +39,11 @@ def interpreted(backend: str) -> bool:
     return backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def slow_to_start(backend: str) -> bool:
+    """Whether every new problem takes seconds: interpreted, or compiled for it alone."""
+    return backend == "triton"
+
+
 def device_of(backend: str) -> str:
     """Where a back end's tensors live in these tests."""
     on_gpu = backend == "cuda" or (backend == "triton" and not interpreted(backend))

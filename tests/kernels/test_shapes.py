@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
+
+pytest.importorskip("hypothesis", reason="hypothesis draws the problems")
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import Layout, by_pairs, device_of, interpreted, over_backends
+from support import Layout, by_pairs, device_of, over_backends, slow_to_start
 
 from posmlp_kernels import explain, pos_gate
 
@@ -86,7 +90,7 @@ def moved(arguments, device):
 def test_random_problems(backend):
     """In float64, where 1e-11 of the largest entry is rounding and anything else is an error."""
 
-    @examples(8 if interpreted(backend) else 150)
+    @examples(8 if slow_to_start(backend) else 150)
     @given(problem=problems())
     def check(problem):
         arguments, dz = problem
