@@ -13,7 +13,7 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*/*)
 CXX ?= g++
 SANITIZE := -std=c++17 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
 
-.PHONY: demo test bench bench-models lint format sanitize fuzz clean
+.PHONY: demo test bench bench-models gpu lint format sanitize fuzz clean
 .DEFAULT_GOAL := test
 
 $(VENV)/.ready: requirements/full.txt
@@ -53,6 +53,10 @@ bench: $(VENV)/.built  ## measure on this machine, in under ten minutes
 bench-models: $(VENV)/.built  ## the models again, all of them by torch.compile too, which takes longer
 	$(PY) -m benchmarks.bench_models --out benchmarks/results/cpu_models.json
 	$(PY) -m benchmarks.report
+
+# Takes an environment with torch, Triton and pytest as it is, and builds there: GPU machines come with theirs.
+gpu:  ## build, test, sanitize and measure on this machine's GPU, in ten minutes; GPU="--only test" and the like
+	$(or $(wildcard $(PY)),$(PYTHON)) benchmarks/gpu.py $(GPU)
 
 sanitize:  ## the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 	mkdir -p build/sanitize

@@ -164,7 +164,7 @@ def lines(row: dict) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    given = _parser().parse_args(arguments)
+    given = parser().parse_args(arguments)
     timm = importlib.util.find_spec("timm")
     if timm is None:
         print("timm is not installed: its models are left out")
@@ -193,25 +193,23 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"{len(failures)} measurements are missing, the first because of: {failures[0]}")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     choices = (*NAMES, *SIZES)
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    parser.add_argument("--backend", help="of our gates; default: the fastest")
-    parser.add_argument("--batch", type=int, nargs="*", default=[1, 8], help="of inference; default: 1 8")
-    parser.add_argument("--train-batch", type=int, nargs="*", default=[8], help="of training; default: 8")
-    parser.add_argument("--size", type=int, default=224, help="side of the images; Swin and gMLP need 224")
-    parser.add_argument("--models", nargs="*", default=list(NAMES), choices=choices, help="default: T's")
-    parser.add_argument("--compile", nargs="*", choices=choices, help="what to compile; default: every model")
-    parser.add_argument("--no-compile", action="store_const", dest="compile", const=[], help="none")
-    parser.add_argument("--seconds", type=float, default=1.5, help="for each contender of a setting")
-    parser.add_argument("--rounds", type=int, default=3, help="at least")
-    parser.add_argument("--limit", type=float, default=math.inf, help="seconds after which nothing is begun")
-    parser.add_argument("--out", type=Path, help="write the results as JSON")
-    return parser
+    made.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    made.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    made.add_argument("--backend", help="of our gates; default: the fastest")
+    made.add_argument("--batch", type=int, nargs="*", default=[1, 8], help="of inference; default: 1 8")
+    made.add_argument("--train-batch", type=int, nargs="*", default=[8], help="of training; default: 8")
+    made.add_argument("--size", type=int, default=224, help="side of the images; Swin and gMLP need 224")
+    made.add_argument("--models", nargs="*", default=list(NAMES), choices=choices, help="default: T's")
+    made.add_argument("--compile", nargs="*", choices=choices, help="what to compile; default: every model")
+    made.add_argument("--no-compile", action="store_const", dest="compile", const=[], help="none")
+    made.add_argument("--seconds", type=float, default=1.5, help="for each contender of a setting")
+    made.add_argument("--rounds", type=int, default=3, help="at least")
+    made.add_argument("--limit", type=float, default=math.inf, help="seconds after which nothing is begun")
+    made.add_argument("--out", type=Path, help="write the results as JSON")
+    return made
 
 
 if __name__ == "__main__":

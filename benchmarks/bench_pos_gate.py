@@ -158,11 +158,11 @@ def line(row: dict, columns: list[str]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    given = _parser().parse_args(arguments)
+    given = parser().parse_args(arguments)
     suite = SUITES[given.suite]
     unknown = set(given.case or ()) - {case.name for case in suite}
     if unknown:
-        _parser().error(f"--case must name some of {[c.name for c in suite]}, got {sorted(unknown)}")
+        parser().error(f"--case must name some of {[c.name for c in suite]}, got {sorted(unknown)}")
     cases = [case for case in suite if given.case is None or case.name in given.case]
     cases = [replace(case, batch=given.batch or case.batch) for case in cases]
     if given.dtype == "tf32":
@@ -180,23 +180,21 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"{len(failures)} measurements are missing, the first because of: {failures[0]}")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    parser.add_argument("--dtype", choices=TOLERANCES, default="float32")
-    parser.add_argument("--backends", nargs="*", default=[], help="of ours; default: the fastest")
-    parser.add_argument("--batch", type=int, help="instead of each case's own")
-    parser.add_argument("--suite", choices=SUITES, default="cpu", help="which cases (cpu)")
-    parser.add_argument("--case", nargs="*", help="names of the suite; default: all")
-    parser.add_argument("--seconds", type=float, default=0.2, help="for each contender of a case")
-    parser.add_argument("--rounds", type=int, default=5, help="at least")
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    parser.add_argument("--no-sweeps", action="store_true", help="leave out time over batch, map and window")
-    parser.add_argument("--limit", type=float, default=math.inf, help="seconds after which nothing is begun")
-    parser.add_argument("--out", type=Path, help="write the results as JSON")
-    return parser
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    made.add_argument("--dtype", choices=TOLERANCES, default="float32")
+    made.add_argument("--backends", nargs="*", default=[], help="of ours; default: the fastest")
+    made.add_argument("--batch", type=int, help="instead of each case's own")
+    made.add_argument("--suite", choices=SUITES, default="cpu", help="which cases (cpu)")
+    made.add_argument("--case", nargs="*", help="names of the suite; default: all")
+    made.add_argument("--seconds", type=float, default=0.2, help="for each contender of a case")
+    made.add_argument("--rounds", type=int, default=5, help="at least")
+    made.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    made.add_argument("--no-sweeps", action="store_true", help="leave out time over batch, map and window")
+    made.add_argument("--limit", type=float, default=math.inf, help="seconds after which nothing is begun")
+    made.add_argument("--out", type=Path, help="write the results as JSON")
+    return made
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 _SAND = "#c9a96a"
 _GRID = "#e3e8ec"
-_STYLE = {
+STYLE = {
     "font.size": 10,
     "text.color": INK,
     "axes.labelcolor": INK,
@@ -53,7 +53,7 @@ def draw(gate: dict, models: dict, folder: Path) -> None:
     pyplot.switch_backend("Agg")
     folder.mkdir(parents=True, exist_ok=True)
     drawings = {"gate": (_gate, gate), "scaling": (_scaling, gate), "models": (_models, models)}
-    with pyplot.rc_context(_STYLE):
+    with pyplot.rc_context(STYLE):
         for name, (drawing, results) in drawings.items():
             figure = drawing(pyplot, results)
             figure.savefig(folder / f"benchmark_{name}.png", dpi=130)

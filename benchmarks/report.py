@@ -1,21 +1,26 @@
 """The measured parts of README.md and docs/benchmarks.md, and their figures, from the results as JSON.
 
-    python -m benchmarks.report
+    python -m benchmarks.report [--gpu FILE]
 
 A measured part stands between `<!-- measured: name -->` and `<!-- end -->`.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 
+from .gpu_tables import details_of, load_runs, summary_of
+from .markdown import table
 from .targets import ORIGINAL, Target, gate_targets, model_targets
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+IMAGES = ROOT / "docs" / "images"
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
 MODEL_NAMES = {
     "posmlp_tiny": "**PosMLP-T, ours**",
@@ -31,8 +36,8 @@ def load(name: str) -> dict:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
-def fill(text: str, gate: dict, models: dict) -> str:
-    """A document with its measured parts written anew.
+def fill(text: str, gate: dict, models: dict, runs: list[dict]) -> str:
+    """A document with its measured parts written anew: the CPU's gate and models, and runs on GPUs.
 
     Raises: `KeyError` for a part of an unknown name.
     """
@@ -43,6 +48,8 @@ def fill(text: str, gate: dict, models: dict) -> str:
         "memory": lambda: memory_table(gate),
         "ceilings": lambda: ceiling_table(gate),
         "targets": lambda: target_table(gate_targets(gate) + model_targets(models)),
+        "gpu": lambda: summary_of(runs),
+        "gpu_details": lambda: details_of(runs),
     }
 
     def part(match: re.Match) -> str:
@@ -157,20 +164,34 @@ def target_table(targets: Iterable[Target]) -> str:
     return table(("quantity", "measured", "target", "holds"), (target.cells() for target in targets))
 
 
-def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A Markdown table."""
-    header = list(header)
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--gpu", type=Path, help="print the tables of this run on a GPU, and draw it alone")
+    given = parser.parse_args(arguments)
+    if given.gpu is None:
+        from .plots import draw
+
+        draw(load("cpu"), load("cpu_models"), IMAGES)
+    else:
+        run = json.loads(given.gpu.read_text())
+        print(details_of([run]))
+        draw_gpu(run, given.gpu, IMAGES if given.gpu.parent == RESULTS else given.gpu.parent)
+    if given.gpu is None or given.gpu.parent == RESULTS:  # a rehearsal's figures belong in no document
+        runs = load_runs(RESULTS)
+        for document in DOCUMENTS:
+            document.write_text(fill(document.read_text(), load("cpu"), load("cpu_models"), runs))
 
 
-def main() -> None:
-    from .plots import draw
+def draw_gpu(run: dict, path: Path, folder: Path) -> None:
+    """The run's figure, where matplotlib is installed."""
+    if find_spec("matplotlib") is None:
+        print("\nmatplotlib is not installed: figures are left out")
+        return
+    from .gpu_plots import draw
 
-    gate, models = load("cpu"), load("cpu_models")
-    for document in DOCUMENTS:
-        document.write_text(fill(document.read_text(), gate, models))
-    draw(gate, models, ROOT / "docs" / "images")
+    draw(run, folder / f"benchmark_{path.stem}.png")
 
 
 if __name__ == "__main__":

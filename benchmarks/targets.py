@@ -45,6 +45,8 @@ def gate_targets(results: dict) -> list[Target]:
 def _of_row(row: dict) -> Iterator[Target]:
     case, forward = row["case"], row["direction"] == "forward"
     times = {name: time["median"] for name, time in row["times"].items()}
+    if "ours" not in times:
+        return
     stage, ours = case.removesuffix(", trained"), times["ours"]
     share = row["flops"] / ours / row["ceilings"]["gemm"]
     where = f"{case}, {row['direction']}"
