@@ -10,7 +10,6 @@ that fails is named and left out. On a GPU all convolutions are in channels-last
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import math
 import sys
 import time
@@ -32,7 +31,7 @@ from posmlp_kernels import use_backend
 from .attempts import Attempts
 from .device import built_and_weighed
 from .targets import ORIGINAL, OURS, RIVALS, model_targets, show
-from .timing import Ceilings, machine, peak_memory, race, summary, write
+from .timing import Ceilings, machine, peak_memory, race, summary, version, write
 
 T = TypeVar("T")
 
@@ -165,15 +164,15 @@ def lines(row: dict) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> None:
     given = parser().parse_args(arguments)
-    timm = importlib.util.find_spec("timm")
+    timm = version("timm")
     if timm is None:
-        print("timm is not installed: its models are left out")
+        print("timm cannot be imported: its models are left out")
     names = [name for name in given.models if timm or name == ORIGINAL or name.startswith("posmlp_")]
     compiled = [name for name in names if given.compile is None or name in given.compile]
     deadline, dtype = time.monotonic() + given.limit, getattr(torch, given.dtype)
     results = {
         "machine": machine(given.device),
-        "timm": optional("timm", "models").__version__ if timm else None,
+        "timm": timm,
         "device": given.device.type,
         "dtype": given.dtype,
         "backend": given.backend,

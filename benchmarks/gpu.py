@@ -72,7 +72,8 @@ def earlier_parts(path: Path, about: dict) -> dict:
         return {}
     earlier = json.loads(path.read_text())
     same = all(earlier["machine"].get(key) == about[key] for key in ("commit", "torch", "triton"))
-    return earlier["parts"] if same and not about["commit"].endswith("+") else {}
+    known = about["commit"] != "unknown" and not about["commit"].endswith("+")
+    return earlier["parts"] if same and known else {}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -7,19 +7,18 @@ from __future__ import annotations
 
 import argparse
 import sys
-from importlib import import_module
 from pathlib import Path
 
 import torch
 
 from posmlp_kernels import backends
 
-from .timing import machine, write
+from .timing import machine, version, write
 
 
 def probe(device: torch.device) -> dict:
     """The machine, versions (None for what is missing), and the names of our back ends for the device."""
-    about = machine(device) | {name: _version(name) for name in ("triton", "timm", "matplotlib")}
+    about = machine(device) | {name: version(name) for name in ("triton", "timm", "matplotlib")}
     about["backends"] = [name for name in backends() if (name == "cpu") == (device.type == "cpu")]
     about["backends"] = [name for name in about["backends"] if name != "reference"]
     if device.type == "cuda":
@@ -31,13 +30,6 @@ def probe(device: torch.device) -> dict:
             "cuda": torch.version.cuda,
         }
     return about
-
-
-def _version(name: str) -> str | None:
-    try:
-        return import_module(name).__version__
-    except ImportError:
-        return None
 
 
 def main() -> None:

@@ -11,12 +11,12 @@ import argparse
 import json
 import re
 from collections.abc import Iterable
-from importlib.util import find_spec
 from pathlib import Path
 
 from .gpu_tables import details_of, load_runs, summary_of
 from .markdown import table
 from .targets import ORIGINAL, Target, gate_targets, model_targets
+from .timing import version
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -186,8 +186,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 def draw_gpu(run: dict, path: Path, folder: Path) -> None:
     """The run's figure, where matplotlib is installed."""
-    if find_spec("matplotlib") is None:
-        print("\nmatplotlib is not installed: figures are left out")
+    if version("matplotlib") is None:
+        print("\nmatplotlib cannot be imported: figures are left out")
         return
     from .gpu_plots import draw
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from datetime import date
+from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -164,6 +165,14 @@ def machine(device: torch.device) -> dict[str, str | int]:
         "commit": _commit(),
         "date": date.today().isoformat(),
     }
+
+
+def version(name: str) -> str | None:
+    """Of an optional module; None if importing it fails in any way, as timm does beside a wrong torchvision."""
+    try:
+        return import_module(name).__version__
+    except Exception:
+        return None
 
 
 def write(results: dict, path: Path | None) -> None:

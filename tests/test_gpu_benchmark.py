@@ -136,9 +136,10 @@ def test_parts_of_the_same_commit_are_kept(tmp_path):
     path.write_text(json.dumps({"machine": about, "parts": {"gate stages": 1}}))
     assert gpu.earlier_parts(path, about) == {"gate stages": 1}
     assert gpu.earlier_parts(path, about | {"commit": "def"}) == {}
-    changed = about | {"commit": "abc+"}  # what was changed since may be anything
-    path.write_text(json.dumps({"machine": changed, "parts": {"gate stages": 1}}))
-    assert gpu.earlier_parts(path, changed) == {}
+    for commit in ("abc+", "unknown"):  # what was changed since may be anything
+        changed = about | {"commit": commit}
+        path.write_text(json.dumps({"machine": changed, "parts": {"gate stages": 1}}))
+        assert gpu.earlier_parts(path, changed) == {}
 
 
 def test_a_run_of_one_part(tmp_path, monkeypatch, capsys):
