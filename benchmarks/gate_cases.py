@@ -37,8 +37,8 @@ class Gate:
 
     @property
     def tiled(self) -> bool:
-        """Whether whole windows cover the map."""
-        return self.map % self.window == 0 and self.shift == 0
+        """Whether whole windows cover an image: what plain PyTorch can cut without padding."""
+        return self.rank == 2 and self.map % self.window == 0 and self.shift == 0
 
     def flops(self, direction: str) -> float:
         """Those of mixing tokens that share a window."""

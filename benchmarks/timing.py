@@ -110,7 +110,7 @@ class Ceilings:
 
 def summary(rates: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
     """Of the ceilings found in all races of a run, in their order: how far the machine could be relied on."""
-    columns = {name: [each[name] for each in rates] for name in rates[0]}
+    columns = {name: [each[name] for each in rates] for name in (rates[0] if rates else ())}
     return {
         name: {
             "median": statistics.median(column),
@@ -168,7 +168,7 @@ def machine(device: torch.device) -> dict[str, str | int]:
 
 
 def version(name: str) -> str | None:
-    """Of an optional module; None if importing it fails in any way, as timm does beside a wrong torchvision."""
+    """Of an optional module; None if importing it fails in any way: timm does beside a wrong torchvision."""
     try:
         return import_module(name).__version__
     except Exception:

@@ -17,7 +17,7 @@ pytest.importorskip("matplotlib", reason="the benchmarks draw figures")
 from benchmarks import bench_models, bench_pos_gate, report, targets, timing
 from benchmarks.attempts import Attempts
 from benchmarks.gate_cases import DIRECTIONS, FORWARD, SUITES, SWEEPS, Gate
-from benchmarks.gate_contenders import Contender, Settings, Truth, contender
+from benchmarks.gate_contenders import Contender, Settings, Truth, contender, names
 from benchmarks.plots import draw
 
 CPU = torch.device("cpu")
@@ -100,6 +100,7 @@ def test_cases_are_distinct_and_fit():
     for case in (*cases, *(gate for points in SWEEPS.values() for gate in points.values())):
         case.layer()  # raises for sizes that do not fit
         assert case.tiled or "original" not in case.against
+        assert case.rank == 2 or "plain" not in names(case, FORWARD, SETTINGS, compiled=True)
 
 
 def test_flops_count_the_pairs_of_tokens_that_share_a_window():
