@@ -46,23 +46,34 @@ struct Map {
 // too few buffers to ask for a panel at once: the products ask for one cache line in each of their steps.
 class Wanted {
  public:
+  // From now on rows of no map, of tokens that `of_tokens` names.
+  void clear() { lines_.clear(); }
+
   template <class U>
-  void add(const Map<U>& map, const Pieces& pieces, int64_t first, int64_t last) {
-    if (first >= last) return;
+  void add(const Map<U>& map, const Pieces& pieces) {
     for (const Piece& piece : pieces) {
-      const char* row = reinterpret_cast<const char*>(map.at(piece, first));
+      const char* row = reinterpret_cast<const char*>(map.at(piece, 0));
       const char* end = row + piece.count * int64_t(sizeof(U));
-      for (const char* line = row - size_t(row) % kLine; line < end; line += kLine)
-        push(line, &map.offset[first], last - first, int64_t(sizeof(U)));
+      for (const char* line = row - size_t(row) % kLine; line < end; line += kLine) {
+        Line& wanted = lines_.emplace_back();  // filled in place: a copy would wait for the single stores
+        wanted.first = line;
+        wanted.offset = map.offset.data();
+        wanted.size = int64_t(sizeof(U));
+      }
     }
+  }
+  void of_tokens(int64_t first, int64_t last) {
+    at_ = 0;
+    token_ = first_ = first;
+    last_ = last;
   }
   // Asks for a line; false if there is none left.
   __attribute__((always_inline)) bool ask() {
     if (at_ == lines_.size()) return false;
     const Line& line = lines_[at_];
-    __builtin_prefetch(line.first + (line.offset[token_] - line.offset[0]) * line.size);
-    if (++token_ == line.tokens) {
-      token_ = 0;
+    __builtin_prefetch(line.first + line.offset[token_] * line.size);
+    if (++token_ == last_) {
+      token_ = first_;
       ++at_;
     }
     return true;
@@ -70,25 +81,16 @@ class Wanted {
   void ask_for_the_rest() {
     while (ask()) {
     }
-    lines_.clear();
-    at_ = 0;
   }
 
  private:
   static constexpr size_t kLine = 64;
-  struct Line {  // of the row of each of some tokens
+  struct Line {  // of the row of each token
     const char* first;
     const int64_t* offset;
-    int64_t tokens, size;
+    int64_t size;
   };
-  void push(const char* first, const int64_t* offset, int64_t tokens, int64_t size) {
-    Line& line = lines_.emplace_back();  // filled in place: a copy would wait for the single stores
-    line.first = first;
-    line.offset = offset;
-    line.tokens = tokens;
-    line.size = size;
-  }
   std::vector<Line> lines_;
   size_t at_ = 0;
-  int64_t token_ = 0;
+  int64_t token_ = 0, first_ = 0, last_ = 0;
 };

@@ -137,12 +137,11 @@ class Gate {
   void forward_panel(const Window& window, int64_t columns) {
     const auto x2_map = x_map(window, shape_.channels);
     const Map<T> z_map{static_cast<T*>(call_.z) + first_channel(), &Piece::z, window.z};
-    const auto ask = [&](int64_t from, int64_t to) {
-      wanted_.add(x2_map, pieces_, from, to);
-      wanted_.add(z_map, pieces_, from, to);
-      wanted_.add(x_map(window, 0), next_pieces_, from, to);
-    };
-    multiply_panel(window, workspace_.rows, x1_, columns, ask, [&](const Piece& piece, int64_t from, int64_t to) {
+    wanted_.clear();
+    wanted_.add(x2_map, pieces_);
+    wanted_.add(z_map, pieces_);
+    wanted_.add(x_map(window, 0), next_pieces_);
+    multiply_panel(window, workspace_.rows, x1_, columns, [&](const Piece& piece, int64_t from, int64_t to) {
       const auto x2 = x2_map.rows(piece, from);
       const auto z = z_map.rows(piece, from);
       const A *y = done_ + piece.column, *bias = &workspace_.bias[from];
@@ -159,12 +158,11 @@ class Gate {
     const auto x2_map = x_map(window, shape_.channels);
     const auto dx2_map = dx_map(window, shape_.channels);
     const Map<const T> dz_map{static_cast<const T*>(call_.dz) + first_channel(), &Piece::dz, window.dz};
-    const auto ask = [&](int64_t from, int64_t to) {
-      wanted_.add(x2_map, pieces_, from, to);
-      wanted_.add(dz_map, pieces_, from, to);
-      wanted_.add(dx2_map, pieces_, from, to);
-    };
-    multiply_panel(window, workspace_.rows, x1_, columns, ask, [&](const Piece& piece, int64_t from, int64_t to) {
+    wanted_.clear();
+    wanted_.add(x2_map, pieces_);
+    wanted_.add(dz_map, pieces_);
+    wanted_.add(dx2_map, pieces_);
+    multiply_panel(window, workspace_.rows, x1_, columns, [&](const Piece& piece, int64_t from, int64_t to) {
       const auto x2 = x2_map.rows(piece, from);
       const auto dz = dz_map.rows(piece, from);
       const auto dx2 = dx2_map.rows(piece, from);
@@ -190,11 +188,10 @@ class Gate {
   template <class U>
   void multiply_into(const Map<U>& out, const Window& window, int64_t columns, const A* du, const A* slopes) {
     if (call_.activation == Activation::none) slopes = nullptr;
-    const auto ask = [&](int64_t from, int64_t to) {
-      wanted_.add(out, pieces_, from, to);
-      wanted_.add(x_map(window, 0), next_pieces_, from, to);
-    };
-    multiply_panel(window, workspace_.columns, du, columns, ask, [&](const Piece& piece, int64_t from, int64_t to) {
+    wanted_.clear();
+    wanted_.add(out, pieces_);
+    wanted_.add(x_map(window, 0), next_pieces_);
+    multiply_panel(window, workspace_.columns, du, columns, [&](const Piece& piece, int64_t from, int64_t to) {
       const auto dx1 = out.rows(piece, from);
       const A *y = done_ + piece.column, *slope = slopes ? slopes + from * kPanel + piece.column : nullptr;
       for_each_vector<A>(to - from, piece.count, [=](auto lanes, int64_t k, int64_t c) {
@@ -257,15 +254,15 @@ class Gate {
       work(tile, first, std::min(window.tokens, first + kTileRows));
   }
 
-  // The product of packed weights and a panel, tile by tile. `ask(from, to)` names the rows that finishing a tile will
-  // take, and `finish(piece, from, to)` does it, from `done_`, while the next tile's product is under way: by then the
-  // rows are there, and what lies across two vectors of the product can be read without waiting for its stores.
-  template <class Ask, class Finish>
-  void multiply_panel(const Window& window, const Packed<E>& weights, const A* panel, int64_t columns, Ask&& ask,
+  // The product of packed weights and a panel, tile by tile, while the wanted rows of the tile's tokens are asked for.
+  // `finish(piece, from, to)` takes a tile from `done_` after the next one's product: by then the rows are there, and what
+  // lies across two vectors of the product can be read without waiting for its stores.
+  template <class Finish>
+  void multiply_panel(const Window& window, const Packed<E>& weights, const A* panel, int64_t columns,
                       Finish&& finish) {
     const E* factor = operands_of_rows<E>(panel, window.tokens, kPanel, factor_);
     for_each_tile(window, [&](int64_t tile, int64_t from, int64_t to) {
-      ask(from, to);
+      wanted_.of_tokens(from, to);
       multiply(weights, tile, factor, divide_up(columns, kLanes), y_, wanted_);
       if (tile > 0)
         for (const Piece& piece : pieces_) finish(piece, from - kTileRows, from);
