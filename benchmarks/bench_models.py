@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from posmlp import create_model
+from posmlp.cost import complexity
 from posmlp.data import optional
 from posmlp.original_style import OriginalStylePosMLP
 from posmlp_kernels import use_backend
@@ -67,6 +68,13 @@ def build(name: str, setting: Setting) -> nn.Module:
         nn.init.trunc_normal_(model.get_classifier().weight, std=0.02)  # gMLP's zeros would hide differences
     layout = torch.channels_last if setting.device.type == "cuda" else torch.preserve_format
     return model.to(setting.device, setting.dtype, memory_format=layout).train(setting.training)
+
+
+def flops_of_ours(setting: Setting) -> int:
+    """Of the products in PosMLP-T: those that the position maps take are few through the relative table."""
+    costs = complexity(create_model(OURS), setting.size)
+    macs = sum(cost.macs - cost.map_macs for cost in costs)
+    return 2 * macs * setting.batch * (3 if setting.training else 1)
 
 
 def work_of(name: str, setting: Setting, compiled: bool = False) -> Callable[[], Tensor]:
@@ -135,6 +143,7 @@ def measure(
     row = {
         "what": str(setting),
         "batch": setting.batch,
+        "flops": flops_of_ours(setting),
         "times": {name: asdict(times[name]) for name in right if name in times},
         "ceilings": ceilings.rates(times) if times else {},
         "failures": attempts.failures,

@@ -161,7 +161,8 @@ def ceiling_table(results: dict) -> str:
 
 def target_table(targets: Iterable[Target]) -> str:
     """What is to be reached, and what was."""
-    return table(("quantity", "measured", "target", "holds"), (target.cells() for target in targets))
+    header = ("quantity", "measured", "target", "by products alone", "holds")
+    return table(header, (target.cells_with_products() for target in targets))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -198,13 +198,14 @@ def test_targets_of_a_gate():
         "flops": 1.6e9,
         "bytes": 1,
         "times": {name: {"median": time} for name, time in times.items()},
-        "ceilings": {"gemm": 2e11, "copy": 1e10},
+        "ceilings": {"gemm": 2e11, "onednn": 4e11, "copy": 1e10},
     }
     share, faster, gelu = targets.gate_targets(CPU_RUN | {"rows": [row]})
     assert (share.value, share.holds) == (pytest.approx(0.8), True)
     assert (faster.value, faster.holds) == (pytest.approx(5), False)
     assert (gelu.value, gelu.holds) == (pytest.approx(10), True)
     assert "eager GELU alone: 200 %" in gelu.what
+    assert (share.products, faster.products, gelu.products) == (pytest.approx(2), pytest.approx(12.5), None)
     copied = row | {"case": "stage 4", "bytes": 6e7}
     assert targets.gate_targets(CPU_RUN | {"rows": [copied]})[0].value == pytest.approx(0.01 / 0.006)
     assert "5.0 if caches hold them" in targets.gate_targets(CPU_RUN | {"rows": [copied]})[0].what
@@ -217,13 +218,16 @@ def test_targets_of_models():
     row = {
         "what": "training step",
         "batch": 8,
+        "flops": 1e12,
+        "ceilings": {"gemm": 2e11, "copy": 1e10},
         "times": {name: {"median": time} for name, time in times.items()},
         "memory": {targets.OURS: 6, targets.ORIGINAL: 8},
     }
     eager, compiled, faster, memory = targets.model_targets(CPU_RUN | {"rows": [row]})
-    assert (eager.value, eager.bound) == (0.75, 0.85)
+    assert (eager.value, eager.bound, eager.products) == (0.75, 0.85, 5 / 8)
+    assert eager.cells_with_products()[2:] == ("at most 0.85", "0.62", "yes")
     assert (compiled.value, compiled.bound) == (6 / 7, 0.95)
-    assert (faster.value, faster.bound, faster.holds) == (2.5, 2.2, True)
+    assert (faster.value, faster.bound, faster.products, faster.holds) == (2.5, 2.2, 3, True)
     assert (memory.value, memory.bound, memory.holds) == (0.75, 0.6, False)
     del row["times"][targets.OURS]
     assert targets.model_targets(CPU_RUN | {"rows": [row]}) == []
