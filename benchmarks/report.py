@@ -32,17 +32,24 @@ MODEL_NAMES = {
 
 
 def load(name: str) -> dict:
-    """One of the committed results: "cpu" (the gate) or "cpu_models"."""
+    """One of the committed results: "cpu" and "cpu_bf16" (the gate), or "cpu_models"."""
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
-def fill(text: str, gate: dict, models: dict, runs: list[dict]) -> str:
-    """A document with its measured parts written anew: the CPU's gate and models, and runs on GPUs.
+def load_cpu() -> dict[str, dict]:
+    """The CPU's results by their names."""
+    return {name: load(name) for name in ("cpu", "cpu_bf16", "cpu_models")}
+
+
+def fill(text: str, cpu: dict[str, dict], runs: list[dict]) -> str:
+    """A document with its measured parts written anew, from the CPU's results and from runs on GPUs.
 
     Raises: `KeyError` for a part of an unknown name.
     """
+    gate, half, models = cpu["cpu"], cpu["cpu_bf16"], cpu["cpu_models"]
     parts = {
         "gate": lambda: conditions(gate) + gate_table(gate),
+        "bfloat16": lambda: half_table(half, gate),
         "models": lambda: model_table(models),
         "cases": lambda: case_table(gate),
         "memory": lambda: memory_table(gate),
@@ -77,6 +84,23 @@ def gate_table(results: dict) -> str:
     header = ("gate of PosMLP-T", "ours", "of sgemm", "best plain PyTorch", "original", "original, compiled")
     rows = [row for row in results["rows"] if re.fullmatch(r"stage \d", row["case"])]
     return table(header, (_gate_cells(row) for row in rows))
+
+
+def half_table(half: dict, single: dict) -> str:
+    """The stages in bfloat16, beside float32 at its own time."""
+    header = ("gate of PosMLP-T, bfloat16", "ours", "best plain PyTorch", "original", "ours in float32")
+    in_float32 = {(row["case"], row["direction"]): row for row in single["rows"]}
+    cells = (
+        [
+            f"{row['case']}, {row['direction']}",
+            _milliseconds(row),
+            _longer(row, "plain"),
+            _longer(row, "original"),
+            _milliseconds(in_float32[row["case"], row["direction"]]),
+        ]
+        for row in half["rows"]
+    )
+    return table(header, cells)
 
 
 def case_table(results: dict) -> str:
@@ -182,7 +206,7 @@ def main(arguments: list[str] | None = None) -> None:
     if given.gpu is None or given.gpu.parent == RESULTS:  # a rehearsal's figures belong in no document
         runs = load_runs(RESULTS)
         for document in DOCUMENTS:
-            document.write_text(fill(document.read_text(), load("cpu"), load("cpu_models"), runs))
+            document.write_text(fill(document.read_text(), load_cpu(), runs))
 
 
 def draw_gpu(run: dict, path: Path, folder: Path) -> None:

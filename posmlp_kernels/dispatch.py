@@ -133,12 +133,15 @@ def choose(problem: Problem, name: str | None = None) -> Backend:
     return backend
 
 
-def choose_able(problem: Problem, names: Sequence[str]) -> Backend:
-    """The back end, among the named ones and the reference, for what a gate needs made: never an error.
+def choose_able(problem: Problem, names: Sequence[str], name: str | None = None) -> Backend:
+    """The back end, among some and the reference, for what a gate needs made: never an error.
 
-    It is the one that is in force where that can serve, else the fastest that can.
+    It is the named one, or that in force, where it can serve, else the fastest that can.
+    Raises: `ValueError` for a name that is not a back end's.
     """
-    forced = _forced.names[-1] if _forced.names else None
+    if name is not None:
+        find_backend(name)
+    forced = name or (_forced.names[-1] if _forced.names else None)
     able = [b for b in BACKENDS if b.name in names and not b.refusals(problem)]
     for backend in able:
         if backend.name == forced:

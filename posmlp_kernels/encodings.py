@@ -17,7 +17,9 @@ from .gqpe_table import ops, reference
 from .problem import Problem, accumulate_dtype
 
 
-def gqpe_table(center: Tensor, factor: Tensor, window: int | Sequence[int]) -> Tensor:
+def gqpe_table(
+    center: Tensor, factor: Tensor, window: int | Sequence[int], *, backend: str | None = None
+) -> Tensor:
     """The table of the group-wise Gaussian-like quadratic positional encoding (PosMLP, G-GQPE).
 
     `R_g(delta) = -1/2 (delta - center_g)^T M_g M_g^T (delta - center_g)`, with `M_g = factor[g]`.
@@ -26,11 +28,12 @@ def gqpe_table(center: Tensor, factor: Tensor, window: int | Sequence[int]) -> T
         center: `[S, d]`, in tokens, in the order of the map's dimensions.
         factor: `[S, d, d]`, a factor of the inverse covariance, in 1 / tokens.
         window: `d` sizes, or one for all dimensions.
+        backend: the gate's, which makes the table too where it can; None takes the fastest that can.
 
     Returns: `[S, *(2*window-1)]`, differentiable in both arguments; float32 for parameters in half
     precision, because a rounded exponent is a wrong weight.
-    Raises: `ValueError` for shapes or devices that do not fit, `TypeError` for a dtype that is not floating
-    point.
+    Raises: `ValueError` for shapes or devices that do not fit or an unknown name, `TypeError` for a dtype
+    that is not floating point.
     """
     if not center.is_floating_point() or center.dtype != factor.dtype:
         raise TypeError(
@@ -49,10 +52,10 @@ def gqpe_table(center: Tensor, factor: Tensor, window: int | Sequence[int]) -> T
 
     dtype = accumulate_dtype(center.dtype)
     center, factor = center.to(dtype), factor.to(dtype)
-    backend = choose_able(_gate_problem(center, window), ops.BACKENDS).name
-    if backend == "reference":
+    chosen = choose_able(_gate_problem(center, window), ops.BACKENDS, backend).name
+    if chosen == "reference":
         return reference.table(center, factor, window)
-    return ops.run(backend, center, factor, window)
+    return ops.run(chosen, center, factor, window)
 
 
 def _gate_problem(center: Tensor, window: tuple[int, ...]) -> Problem:
@@ -72,15 +75,18 @@ def _gate_problem(center: Tensor, window: tuple[int, ...]) -> Problem:
     )
 
 
-def gqpe_isotropic_table(center: Tensor, scale: Tensor, window: int | Sequence[int]) -> Tensor:
+def gqpe_isotropic_table(
+    center: Tensor, scale: Tensor, window: int | Sequence[int], *, backend: str | None = None
+) -> Tensor:
     """The isotropic GQPE, `R_g(delta) = a_g^2 (center_g . delta) - 1/2 |delta|^2`, up to a constant per
     group.
 
     Completing the square makes it the general table about `a_g^2 center_g` with an identity factor; the row
     softmax does not see the constant that this adds.
 
-    Args: center `[S, d]`, scale `a` `[S]`, window as in `gqpe_table`. Returns: `[S, *(2*window-1)]`.
+    Args: center `[S, d]`, scale `a` `[S]`, window and backend as in `gqpe_table`.
+    Returns: `[S, *(2*window-1)]`.
     """
     groups, rank = center.shape
     identity = torch.eye(rank, device=center.device, dtype=center.dtype).expand(groups, rank, rank)
-    return gqpe_table(scale.square().unsqueeze(-1) * center, identity, window)
+    return gqpe_table(scale.square().unsqueeze(-1) * center, identity, window, backend=backend)

@@ -115,12 +115,16 @@ class PosSGU(nn.Module):
         if self.encoding in ("lrpe", "lrpe_m"):
             return self.table
         if self.encoding == "gqpe":
-            build, parameters = gqpe_table, (self.center, self.factor)
+            table, parameters = gqpe_table, (self.center, self.factor)
         else:
-            build, parameters = gqpe_isotropic_table, (self.center, self.scale)
+            table, parameters = gqpe_isotropic_table, (self.center, self.scale)
+
+        def build() -> Tensor:
+            return table(*parameters, self.window, backend=self.backend)
+
         if self.training or (torch.is_grad_enabled() and any(p.requires_grad for p in parameters)):
-            return build(*parameters, self.window)
-        return self._cache.get(parameters, lambda: build(*parameters, self.window))
+            return build()
+        return self._cache.get(parameters, build)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() < 2 or x.shape[-1] != self.dim:

@@ -20,7 +20,7 @@ def built(monkeypatch):
     calls = []
     for name in ("gqpe_table", "gqpe_isotropic_table"):
         build = getattr(layers, name)
-        monkeypatch.setattr(layers, name, lambda *a, build=build: calls.append(1) or build(*a))
+        monkeypatch.setattr(layers, name, lambda *a, build=build, **k: calls.append(1) or build(*a, **k))
     return calls
 
 

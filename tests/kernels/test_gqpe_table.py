@@ -14,7 +14,7 @@ import torch
 from support import Layout, device_of, interpreted, over_backends
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from posmlp_kernels import gqpe_table, use_backend
+from posmlp_kernels import PosSGU, gqpe_table, use_backend
 from posmlp_kernels.gqpe_table import ops, reference
 from posmlp_kernels.testing import assert_no_worse, poisoned_memory
 
@@ -248,6 +248,16 @@ def test_what_is_in_force_runs(backend):
     with Called() as called, use_backend("reference"):
         actual = gqpe_table(center, factor, (3, 2))
     assert called.names == [] and torch.equal(actual, reference.table(center, factor, (3, 2)))
+
+
+@compiled
+def test_a_layer_s_back_end_makes_its_table(backend):
+    layer = PosSGU(4, (3, 2), groups=2, backend=backend, device=device_of(backend))
+    with Called() as called:
+        layer.relative_table()
+    assert called.names == [f"gqpe_table.{backend}"]
+    with pytest.raises(ValueError, match=r"backend must be one of .*, got 'nonsense'"):
+        gqpe_table(layer.center, layer.factor, (3, 2), backend="nonsense")
 
 
 @pytest.mark.skipif("cpu" not in ops.BACKENDS, reason="the cpu back end is not built")

@@ -56,8 +56,8 @@ def test_layer_is_the_operator(backend, encoding):
     layer = perturbed(make(encoding, **options))
     x = torch.randn(2, 5, 7, 16)
     table = {
-        "gqpe": lambda: gqpe_table(layer.center, layer.factor, (3, 4)),
-        "gqpe_isotropic": lambda: gqpe_isotropic_table(layer.center, layer.scale, (3, 4)),
+        "gqpe": lambda: gqpe_table(layer.center, layer.factor, (3, 4), backend=backend),
+        "gqpe_isotropic": lambda: gqpe_isotropic_table(layer.center, layer.scale, (3, 4), backend=backend),
         "sgu": lambda: None,
     }.get(encoding, lambda: layer.table)()
     expected = pos_gate(
