@@ -1,15 +1,19 @@
-"""The backward pass's other two products, and the gradient of the relative table.
+"""The backward pass over the tokens: three products in one launch.
 
-    dX1[j, q] = sum_i P[i, j] dU[i, q]                         columns_kernel: X2, dZ (, X1) in, C out a token
-    dL[i, j]  = P[i, j] (sum_q dU[i, q] X1[j, q] - delta[i])   logits_kernel: X1, X2, dZ in
-    dR(d)     = sum over i of dL[i, i + d]                     table_kernel: dL in
+    rows                  dX2, db, delta        reads X1, X2, dZ, writes C a token        (triton_product.py)
+    columns_of_gradient   dX1                   reads X2, dZ (, X1), writes C             (triton_product.py)
+    outer                 dP[i, j] = sum_q dU[i, q] X1[j, q]       reads X1, X2, dZ
 
-`columns_kernel` is the forward product with P read the other way round: tiles of P^T are built directly.
-With a LayerNorm it leaves the gradient of the normalised X1 for the token-wise kernel. In `logits_kernel` a
-program owns a tile of dL and a share of the columns of every kind of window, and multiplies by P once per
-kind; without softmax the product itself is dL. Its 2 N C flops a token are the forward's. Sums over shares
-are partial sums in a fixed order: no atomics. `table_kernel` gathers: an (i, j) belongs to one displacement,
-so dL is read once, neighbours in memory by neighbours in the program.
+Each is 2 N C flops a token. As launches one after another they would bring x and dZ from device memory three
+times, 10 C elements a token with the results. Here their programs sit side by side, group by group and share
+by share, and take the columns in the same order; what one has read the next finds in the second-level cache.
+The kernels ask for 8 C (10 C with an activation's slope) and write 2 C; device memory need move no more than
+5 C. One program for all three would have to hold N^2 accumulators for dP beside the operands: 43,264 of a
+multiprocessor's 65,536 registers for N = 196.
+
+`outer` holds BM queries by a block of keys of dP and goes once through its share of the columns. Sums over
+shares leave as partial sums, added up in a fixed order by `logits_kernel`: no atomics. A multiprocessor gets
+about one program at a time, so that the partial sums, 4 N^2 bytes for a group and share, stay small.
 """
 
 from __future__ import annotations
@@ -18,139 +22,86 @@ import triton
 import triton.language as tl
 
 from .triton_common import (
-    activation_slope,
+    before,
     column_count,
     columns,
-    dense_strides,
     load_gradient,
     load_mixed,
-    mixing_tile,
     present,
     split_program,
-    tile_offsets,
+    sums_of,
+    total,
     window_kind,
+    zero_of,
 )
+from .triton_product import columns_of_gradient, rows
 
 
 @triton.jit
-def columns_kernel(
-    p_x, p_dz, p_dx, p_dnormed, MIXING, B, M, SHIFT, shares, X, DZ, DX,
+def outer(
+    i_block, i_group, i_share, i_kind, p_x, p_dz, p_dmixing, NORM, B, M, SHIFT, shares, X, DZ,
     W: tl.constexpr, KINDS: tl.constexpr, S: tl.constexpr, D: tl.constexpr, ACT: tl.constexpr,
-    ACC: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
+    ACC: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr, PIECES: tl.constexpr, BM: tl.constexpr,
+    BQ: tl.constexpr,
 ):  # fmt: skip
-    """`p_dnormed` None: the first half of dx; else the gradient before the LayerNorm, dense [B, *map, C]."""
+    """dmixing `[kinds, shares, S, N, N]`."""
     N: tl.constexpr = W[0] * W[1] * W[2]
-    dtype = p_x.dtype.element_ty
-    i_m, i_group, i_share, i_kind = split_program((N + BM - 1) // BM, S, shares)
+    KEY_BLOCKS: tl.constexpr = (N + total(PIECES) - 1) // total(PIECES)
     first, counts = window_kind(i_kind, M, SHIFT, W, KINDS)
-
-    o_j = i_m * BM + tl.arange(0, BM)
-    m_j = present(o_j, first, M, SHIFT, W)
-    if BK >= N:
-        o_i = tl.arange(0, BK)
-        m_p = m_j[:, None] & present(o_i, first, M, SHIFT, W)[None, :]
-        b_pt = mixing_tile(MIXING, i_kind, i_group, o_i[None, :], o_j[:, None], m_p, S, W, ACC).to(dtype)
+    o_i = i_block // KEY_BLOCKS * BM + tl.arange(0, BM)
+    i_j = i_block % KEY_BLOCKS * total(PIECES)
+    sums = sums_of(PIECES, BM, ACC)
 
     n_q = column_count(counts, B, D, INDEX)
-    for i_q in range(i_share, tl.cdiv(n_q, BN), shares):
-        o_q = i_q * BN + tl.arange(0, BN).to(INDEX)
-        m_q = o_q < n_q
+    for i_q in range(i_share, tl.cdiv(n_q, BQ), shares):
+        o_q = i_q * BQ + tl.arange(0, BQ).to(INDEX)
+        m_q = (o_q < n_q)[None, :]
         column = columns(o_q, i_group, first, counts, SHIFT, W, D)
+        i_zero = zero_of(i_q, INDEX)
+        m_u = present(i_zero + o_i, first, M, SHIFT, W)[:, None] & m_q
+        b_du = load_gradient(p_x + S * D, p_dz, i_zero + o_i, column, m_u, X, DZ, W, ACT, ACC, INDEX)
+        added = ()
+        for i in tl.static_range(len(PIECES)):
+            o_j = i_zero + i_j + before(PIECES, i) + tl.arange(0, PIECES[i])
+            m_x = present(o_j, first, M, SHIFT, W)[:, None] & m_q
+            b_x = load_mixed(p_x, o_j, column, m_x, NORM, M, X, W, ACT, ACC, INDEX)
+            b_dp = tl.dot(b_du, tl.trans(b_x), sums[i], input_precision=PRECISION, out_dtype=ACC)
+            added += (b_dp,)
+        sums = added
 
-        b_dx = tl.zeros([BM, BN], ACC)
-        for i_k in range(0, N, BK):
-            o_i = i_k + tl.arange(0, BK)
-            m_i = present(o_i, first, M, SHIFT, W)
-            if BK < N:
-                m_p = m_j[:, None] & m_i[None, :]
-                b_pt = mixing_tile(MIXING, i_kind, i_group, o_i[None, :], o_j[:, None], m_p, S, W, ACC)
-                b_pt = b_pt.to(dtype)
-            m_u = m_i[:, None] & m_q[None, :]
-            b_du = load_gradient(p_dz, p_x + S * D, o_i, column, m_u, DZ, X, W, ACT, ACC).to(dtype)
-            b_dx = tl.dot(b_pt, b_du, b_dx, input_precision=PRECISION, out_dtype=ACC)
-
-        mask = m_j[:, None] & m_q[None, :]
-        if p_dnormed is not None:
-            C: tl.constexpr = S * D
-            o_token = tile_offsets(o_j, column, dense_strides(M), W)
-            tl.store(p_dnormed + o_token * C + column[4][None, :], b_dx, mask=mask)
-        else:
-            if ACT != "none":
-                b_x1 = tl.load(p_x + tile_offsets(o_j, column, X, W), mask=mask, other=0.0).to(ACC)
-                b_dx = b_dx * activation_slope(b_x1, ACT)
-            tl.store(p_dx + tile_offsets(o_j, column, DX, W), b_dx.to(dtype), mask=mask)
+    p_partial = p_dmixing + ((i_kind * shares + i_share) * S + i_group) * N * N
+    for i in tl.static_range(len(PIECES)):
+        o_j = i_j + before(PIECES, i) + tl.arange(0, PIECES[i])
+        o_pair = o_i[:, None].to(tl.int64) * N + o_j[None, :]
+        tl.store(p_partial + o_pair, sums[i], mask=(o_i < N)[:, None] & (o_j < N)[None, :])
 
 
 @triton.jit
-def logits_kernel(
-    p_x, p_dz, p_dlogits, MIXING, NORM, p_delta, B, M, SHIFT, shares, X, DZ,
-    W: tl.constexpr, KINDS: tl.constexpr, S: tl.constexpr, D: tl.constexpr, ACT: tl.constexpr,
-    ACC: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
+def backward_kernel(
+    p_x, p_dz, p_dx, p_dnormed, p_mixing, p_bias, NORM, p_db, p_delta, p_dmixing, B, M, SHIFT, shares, X, DZ,
+    DX, W: tl.constexpr, KINDS: tl.constexpr, S: tl.constexpr, D: tl.constexpr, ACT: tl.constexpr,
+    ACC: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr, PIECES: tl.constexpr, BK: tl.constexpr,
+    BN: tl.constexpr, KEEP: tl.constexpr, SIDE: tl.constexpr, BM: tl.constexpr, BQ: tl.constexpr,
 ):  # fmt: skip
-    """dlogits `[shares, S, N, N]`, delta `[kinds, S, N]` (of all shares) or None."""
+    """`p_dmixing` None: neither table nor matrix wants a gradient."""
     N: tl.constexpr = W[0] * W[1] * W[2]
-    KEY_BLOCKS: tl.constexpr = (N + BK - 1) // BK
-    dtype = p_x.dtype.element_ty
-    i_block, i_group, i_share, _ = split_program((N + BM - 1) // BM * KEY_BLOCKS, S, shares)
-    o_i = i_block // KEY_BLOCKS * BM + tl.arange(0, BM)
-    o_j = i_block % KEY_BLOCKS * BK + tl.arange(0, BK)
-
-    b_sum = tl.zeros([BM, BK], ACC)
-    for i_kind in range(0, KINDS[0] * KINDS[1] * KINDS[2]):
-        first, counts = window_kind(i_kind, M, SHIFT, W, KINDS)
-        m_i, m_j = present(o_i, first, M, SHIFT, W), present(o_j, first, M, SHIFT, W)
-        b_dp = tl.zeros([BM, BK], ACC)
-        n_q = column_count(counts, B, D, INDEX)
-        for i_q in range(i_share, tl.cdiv(n_q, BN), shares):
-            o_q = i_q * BN + tl.arange(0, BN).to(INDEX)
-            m_q = (o_q < n_q)[None, :]
-            column = columns(o_q, i_group, first, counts, SHIFT, W, D)
-            m_u, m_x = m_i[:, None] & m_q, m_j[:, None] & m_q
-            b_du = load_gradient(p_dz, p_x + S * D, o_i, column, m_u, DZ, X, W, ACT, ACC).to(
-                dtype
-            )  # [BM, BN]
-            b_x = load_mixed(p_x, o_j, column, m_x, NORM, M, X, W, ACT, ACC)  # [BK, BN]
-            b_dp = tl.dot(b_du, tl.trans(b_x), b_dp, input_precision=PRECISION, out_dtype=ACC)
-        if p_delta is None:
-            b_sum += b_dp
-        else:
-            m_p = m_i[:, None] & m_j[None, :] & (n_q > 0)  # a kind with no windows has no row sums
-            b_p = mixing_tile(MIXING, i_kind, i_group, o_i[:, None], o_j[None, :], m_p, S, W, ACC)
-            m_delta = m_i & (i_share == 0)
-            b_delta = tl.load(p_delta + (i_kind * S + i_group) * N + o_i, mask=m_delta, other=0.0)
-            b_sum += b_p * (b_dp - b_delta[:, None])
-
-    o_dlogits = ((i_share * S + i_group) * N + o_i[:, None]) * N + o_j[None, :]
-    tl.store(p_dlogits + o_dlogits, b_sum, mask=(o_i < N)[:, None] & (o_j < N)[None, :])
-
-
-@triton.jit
-def table_kernel(
-    p_dlogits, p_dtable, shares, W: tl.constexpr, S: tl.constexpr, ACC: tl.constexpr, BI: tl.constexpr,
-    BD: tl.constexpr,
-):  # fmt: skip
-    """dlogits `[shares, S, N, N]` -> dtable `[S, prod(2 W - 1)]`."""
-    N: tl.constexpr = W[0] * W[1] * W[2]
-    T1: tl.constexpr = 2 * W[1] - 1
-    T2: tl.constexpr = 2 * W[2] - 1
-    TABLE: tl.constexpr = (2 * W[0] - 1) * T1 * T2
-    i_block, i_group, _, _ = split_program((TABLE + BD - 1) // BD, S, 1)
-    o_d = i_block * BD + tl.arange(0, BD)
-    d0, d1, d2 = o_d // (T1 * T2) - (W[0] - 1), o_d // T2 % T1 - (W[1] - 1), o_d % T2 - (W[2] - 1)
-    o_step = ((d0 * W[1] + d1) * W[2] + d2)[None, :]  # from query token to key token
-
-    b_sum = tl.zeros([BD], ACC)
-    for i_share in range(0, shares):
-        p_share = p_dlogits + (i_share * S + i_group) * N * N
-        for i_i in range(0, N, BI):
-            o_i = (i_i + tl.arange(0, BI))[:, None]
-            j0 = o_i // (W[1] * W[2]) + d0[None, :]
-            j1 = o_i // W[2] % W[1] + d1[None, :]
-            j2 = o_i % W[2] + d2[None, :]
-            mask = (j0 >= 0) & (j0 < W[0]) & (j1 >= 0) & (j1 < W[1]) & (j2 >= 0) & (j2 < W[2])
-            mask = mask & (o_i < N) & (o_d < TABLE)[None, :]
-            o_pair = o_i.to(tl.int64) * N + o_i + o_step
-            b_sum += tl.sum(tl.load(p_share + o_pair, mask=mask, other=0.0), 0)
-    tl.store(p_dtable + i_group * TABLE + o_d, b_sum, mask=o_d < TABLE)
+    BLOCKS: tl.constexpr = (N + total(PIECES) - 1) // total(PIECES)
+    OUTER: tl.constexpr = 0 if p_dmixing is None else (N + BM - 1) // BM * BLOCKS
+    i_block, i_group, i_share, i_kind = split_program(2 * BLOCKS + OUTER, S, shares)
+    if i_block < BLOCKS:
+        rows(
+            i_block, i_group, i_share, i_kind, p_x, p_dz, p_dx + S * D, p_mixing, p_bias, NORM, p_db, p_delta,
+            B, M, SHIFT, shares, X, DZ, DX, W, KINDS, S, D, ACT, ACC, INDEX, PRECISION, PIECES, BK, BN, KEEP,
+            SIDE,
+        )  # fmt: skip
+    elif i_block < 2 * BLOCKS:
+        columns_of_gradient(
+            i_block - BLOCKS, i_group, i_share, i_kind, p_x, p_dz, p_dx, p_dnormed, p_mixing, B, M, SHIFT,
+            shares, X, DZ, DX, W, KINDS, S, D, ACT, ACC, INDEX, PRECISION, PIECES, BK, BN, KEEP, SIDE,
+        )  # fmt: skip
+    else:
+        if p_dmixing is not None:
+            outer(
+                i_block - 2 * BLOCKS, i_group, i_share, i_kind, p_x, p_dz, p_dmixing, NORM, B, M, SHIFT,
+                shares, X, DZ, W, KINDS, S, D, ACT, ACC, INDEX, PRECISION, PIECES, BM, BQ,
+            )  # fmt: skip

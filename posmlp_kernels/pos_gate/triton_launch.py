@@ -7,7 +7,6 @@ all launches go to the current stream of x's device.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
@@ -17,28 +16,29 @@ import triton.language as tl
 from torch import Tensor
 
 from ..problem import Problem, accumulate_dtype
-from . import triton_backward, triton_norm, triton_product, triton_tiles
+from . import triton_backward, triton_mixing, triton_norm, triton_product, triton_tiles
 from .ops import problem_of
-from .triton_tiles import Tile, outer_tile, product_tile
 
 Norm = tuple[Tensor, Tensor, Tensor, Tensor]  # mean, rstd: a number per token; weight, shift: [C]
 
 
 def forward(x, table, bias, matrix, norm_weight, norm_bias, *settings) -> Tensor:
     """`posmlp_kernels::pos_gate`."""
-    call = Call(x, table, matrix, problem_of(x, table, matrix, settings))
+    call = Call(x, table, matrix, problem_of(x, table, matrix, settings), backward=False)
     z = x.new_empty((*x.shape[:-1], call.problem.channels))
     if z.numel():
         with call.device():
-            mixing, norm = call.mixing(), call.norm(norm_weight, norm_bias)
-            call.rows(mixing, norm, None if bias is None else bias.contiguous(), None, z, None, None)
+            mixing, _ = call.mixing(statistics=False)
+            call.gate(
+                mixing, None if bias is None else bias.contiguous(), call.norm(norm_weight, norm_bias), z
+            )
     return z
 
 
 def backward(dz, x, table, bias, matrix, norm_weight, norm_bias, *settings_and_flag) -> tuple[Tensor, ...]:
     """`posmlp_kernels::pos_gate_backward`; a gradient that is not wanted has no elements."""
     *settings, mixing_grad = settings_and_flag
-    call = Call(x, table, matrix, problem_of(x, table, matrix, tuple(settings)))
+    call = Call(x, table, matrix, problem_of(x, table, matrix, tuple(settings)), backward=True)
     dx = x.new_empty(x.shape)
     parameters = (table, bias, matrix, norm_weight, norm_bias)
     wanted = (mixing_grad, True, mixing_grad, True, True)
@@ -50,29 +50,29 @@ def backward(dz, x, table, bias, matrix, norm_weight, norm_bias, *settings_and_f
         return dx, *grads
     with call.device():
         dz = dz if dz.stride(-1) in (0, 1) else dz.contiguous()
-        mixing, norm = call.mixing(), call.norm(norm_weight, norm_bias)
+        mixing, statistics = call.mixing(statistics=mixing_grad)
+        norm = call.norm(norm_weight, norm_bias)
         bias = None if bias is None else bias.contiguous()
-        db, delta = call.row_sums(bias is not None, mixing_grad and call.problem.softmax)
-        call.rows(mixing, norm, bias, dz, dx[..., call.problem.channels :], db, delta)
+        db, delta, dmixing, dnormed = call.products(mixing, bias, norm, dz, dx, mixing_grad)
         if bias is not None:
             grads[1] = db.sum((0, 1, 2))
-        dnormed = None if norm is None else call.empty(*x.shape[:-1], call.problem.channels)
-        call.columns(mixing, dz, dx, dnormed)
         if norm is not None:
             grads[3], grads[4] = call.norm_backward(norm, dnormed, dx)
         if mixing_grad:
-            dlogits = call.logits(mixing, norm, dz, None if delta is None else delta.sum(1))
+            dlogits = call.logits(statistics, dmixing, delta)
             if table is not None:
                 grads[0] = call.table_gradient(dlogits).view(table.shape)
             if matrix is not None:
-                grads[2] = dlogits.sum(0) if matrix.dim() == 3 else dlogits.sum((0, 1))
+                grads[2] = dlogits if matrix.dim() == 3 else dlogits.sum(0)
     return dx, *grads
 
 
 class Call:
     """One call of the operator: what its launches have in common."""
 
-    def __init__(self, x: Tensor, table: Tensor | None, matrix: Tensor | None, problem: Problem) -> None:
+    def __init__(
+        self, x: Tensor, table: Tensor | None, matrix: Tensor | None, problem: Problem, backward: bool
+    ) -> None:
         p = self.problem = problem
         self.x = x if x.stride(-1) == 1 else x.contiguous()
         self.table = None if table is None else table.contiguous()
@@ -88,17 +88,16 @@ class Call:
         self.group_channels = p.channels // p.groups
         counts = [_blocks(m + s, w) for m, w, s in dimensions]
         self.column_count = p.batch * math.prod(counts) * self.group_channels  # of all kinds
-        self.windows = {"M": self.map, "SHIFT": self.shift, "W": self.window, "KINDS": self.kind_counts}
         self.accumulate = tl.float64 if self.dtype == torch.float64 else tl.float32
-        self.common = {
-            **self.windows,
-            "S": p.groups,
-            "D": self.group_channels,
-            "ACT": p.activation,
-            "ACC": self.accumulate,
-            "INDEX": index_type(self.column_count),
-            "PRECISION": "ieee",
-        }
+        self.windows = {"M": self.map, "SHIFT": self.shift, "W": self.window, "KINDS": self.kind_counts}
+        self.groups = {"S": p.groups, "ACC": self.accumulate}
+
+        self.architecture = architecture(p.device)
+        tf32 = x.dtype == torch.float32 and may_round_operands(self.architecture)
+        self.precision = "tf32" if tf32 else "ieee"
+        self.tile = triton_tiles.tile_of(self.architecture, p.tokens, x.dtype, tf32, backward)
+        self.side = self.tile.side(p.tokens)
+        self.blocks = _blocks(p.tokens, sum(self.tile.pieces(p.tokens)))
 
     def device(self) -> AbstractContextManager:
         device = self.problem.device
@@ -112,37 +111,53 @@ class Call:
     def empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.dtype, device=self.problem.device)
 
-    def stream(self) -> int:
-        """Bytes that loading an element of X1 takes: its value, and the statistics of a norm."""
-        return self.x.element_size() + (0 if self.problem.eps is None else 2 * self.dtype.itemsize)
+    def shares(self, owners: int) -> int:
+        """Into how many programs the columns of each of so many owners of output are cut.
 
-    def tile(self, choose: Callable[..., Tile], stream: int) -> Tile:
-        p = self.problem
-        return choose(shared_memory(p.device), p.tokens, p.dtype, stream)
+        Rounded down: one program more than run side by side would take as long as all of them.
+        """
+        wanted = wanted_programs(self.architecture, self.tile.waves)
+        return min(_blocks(self.column_count, self.tile.columns), max(1, wanted // owners))
 
-    def grid(self, tile: Tile, blocks: int, kinds: int) -> tuple[int, int]:
-        """Programs that own a block of the output, and the shares into which their columns are cut."""
-        owners = kinds * self.problem.groups * blocks
-        shares = min(
-            _blocks(self.column_count, tile.columns), _blocks(wanted_programs(self.problem.device), owners)
-        )
-        return owners, shares
+    def product(self, *tensors: Tensor) -> dict:
+        """What the kernels of the product have in common; `tensors` are all that they address by token."""
+        tile, tokens = self.tile, self.problem.tokens
+        return {
+            **self.windows,
+            **self.groups,
+            "D": self.group_channels,
+            "ACT": self.problem.activation,
+            "INDEX": index_type(self.column_count, max(map(self.extent, tensors))),
+            "PRECISION": self.precision,
+            "PIECES": tile.pieces(tokens),
+            "BK": tile.keys,
+            "BN": tile.columns,
+            "KEEP": tile.keep > 0,
+            "SIDE": self.side,
+            "num_warps": tile.warps,
+            "num_stages": tile.stages,
+        }
 
-    def mixing(self) -> tuple[Tensor | int | None, ...]:
-        """What `mixing_tile` reads; the rows' maxima and reciprocal sums are computed here."""
+    def extent(self, tensor: Tensor) -> int:
+        """From a window's first token to its last, in elements of a tensor `[B, *map, channels]`."""
+        return sum((w - 1) * abs(s) for w, s in zip(self.window, self.strides(tensor)[1:4], strict=True))
+
+    def mixing(self, statistics: bool) -> tuple[Tensor, tuple]:
+        """P for the products, and what `mixing_tile` reads to rebuild it without rounding."""
         p, group_stride = self.problem, 0
         if self.matrix is not None and self.matrix.dim() == 3:
             group_stride = p.tokens**2
         row_max = row_rinv = None
-        if p.softmax:
+        if p.softmax and statistics:
             row_max, row_rinv = self.empty(2, self.kinds, p.groups, p.tokens)
-            size = 32 if self.dtype == torch.float32 else 16
-            grid = (self.kinds * p.groups * _blocks(p.tokens, size),)
-            triton_product.softmax_kernel[grid](
-                self.table, self.matrix, group_stride, row_max, row_rinv, **self.windows, S=p.groups,
-                ACC=self.accumulate, BM=size, BK=2 * size,
-            )  # fmt: skip
-        return self.table, self.matrix, group_stride, row_max, row_rinv
+        mixing = self.x.new_empty(self.kinds, p.groups, self.side, self.side)
+        rows, keys = 16, min(256, triton.next_power_of_2(self.side))
+        grid = (self.kinds * p.groups * _blocks(self.side, rows),)
+        triton_mixing.mixing_kernel[grid](
+            self.table, self.matrix, group_stride, mixing, row_max, row_rinv, **self.windows, **self.groups,
+            SIDE=self.side, SOFTMAX=p.softmax, BM=rows, BK=keys,
+        )  # fmt: skip
+        return mixing, (self.table, self.matrix, group_stride, row_max, row_rinv)
 
     def norm(self, weight: Tensor | None, shift: Tensor | None) -> Norm | None:
         p = self.problem
@@ -157,47 +172,57 @@ class Call:
         )  # fmt: skip
         return mean, rstd, weight.contiguous(), shift.contiguous()
 
-    def row_sums(self, want_db: bool, want_delta: bool) -> tuple[Tensor | None, Tensor | None]:
-        tile = self.tile(product_tile, self.stream())
-        _, shares = self.grid(tile, _blocks(self.problem.tokens, tile.rows), self.kinds)
-        shape = (self.kinds, shares, self.problem.groups, self.problem.tokens)
-        return self.empty(*shape) if want_db else None, self.empty(*shape) if want_delta else None
-
-    def rows(self, mixing: tuple, norm: Norm | None, bias, dz, out: Tensor, db, delta) -> None:
-        tile = self.tile(product_tile, self.stream())
-        owners, shares = self.grid(tile, _blocks(self.problem.tokens, tile.rows), self.kinds)
-        triton_product.rows_kernel[(owners * shares,)](
-            self.x, dz, out, mixing, bias, norm, db, delta, self.problem.batch, shares=shares,
-            X=self.strides(self.x), DZ=None if dz is None else self.strides(dz), OUT=self.strides(out),
-            **self.common, **_settings(tile),
-        )  # fmt: skip
-
-    def columns(self, mixing: tuple, dz: Tensor, dx: Tensor, dnormed: Tensor | None) -> None:
-        tile = self.tile(product_tile, 2 * self.x.element_size())  # dz and X2
-        owners, shares = self.grid(tile, _blocks(self.problem.tokens, tile.rows), self.kinds)
-        triton_backward.columns_kernel[(owners * shares,)](
-            self.x, dz, dx, dnormed, mixing, self.problem.batch, shares=shares,
-            X=self.strides(self.x), DZ=self.strides(dz), DX=self.strides(dx),
-            **self.common, **_settings(tile),
-        )  # fmt: skip
-
-    def logits(self, mixing: tuple, norm: Norm | None, dz: Tensor, delta: Tensor | None) -> Tensor:
-        """The gradient of the logits, `[shares, S, N, N]`."""
+    def gate(self, mixing: Tensor, bias: Tensor | None, norm: Norm | None, z: Tensor) -> None:
         p = self.problem
-        tile = self.tile(outer_tile, self.stream())
-        owners, shares = self.grid(tile, _blocks(p.tokens, tile.rows) * _blocks(p.tokens, tile.keys), 1)
-        dlogits = self.empty(shares, p.groups, p.tokens, p.tokens)
-        triton_backward.logits_kernel[(owners * shares,)](
-            self.x, dz, dlogits, mixing, norm, delta, p.batch, shares=shares, X=self.strides(self.x),
-            DZ=self.strides(dz), **self.common, **_settings(tile),
+        owners = self.kinds * p.groups * self.blocks
+        shares = self.shares(owners)
+        triton_product.gate_kernel[(owners * shares,)](
+            self.x, z, mixing, bias, norm, p.batch, shares=shares, X=self.strides(self.x), Z=self.strides(z),
+            **self.product(self.x, z),
+        )  # fmt: skip
+
+    def products(
+        self,
+        mixing: Tensor,
+        bias: Tensor | None,
+        norm: Norm | None,
+        dz: Tensor,
+        dx: Tensor,
+        mixing_grad: bool,
+    ) -> tuple[Tensor | None, ...]:
+        """Fills dx; db, delta and dmixing in partial sums, and the gradient of the normalised X1."""
+        p, tile = self.problem, self.tile
+        blocks = 2 * self.blocks + (_blocks(p.tokens, tile.rows) * self.blocks if mixing_grad else 0)
+        owners = self.kinds * p.groups * blocks
+        shares = self.shares(owners)
+        sums = (self.kinds, shares, p.groups, p.tokens)
+        db = None if bias is None else self.empty(*sums)
+        delta = self.empty(*sums) if mixing_grad and p.softmax else None
+        dmixing = self.empty(*sums, p.tokens) if mixing_grad else None
+        dnormed = None if norm is None else self.empty(*self.x.shape[:-1], p.channels)
+        triton_backward.backward_kernel[(owners * shares,)](
+            self.x, dz, dx, dnormed, mixing, bias, norm, db, delta, dmixing, p.batch, shares=shares,
+            X=self.strides(self.x), DZ=self.strides(dz), DX=self.strides(dx), BM=tile.rows, BQ=tile.run,
+            **self.product(self.x, dz, dx),
+        )  # fmt: skip
+        return db, delta, dmixing, dnormed
+
+    def logits(self, statistics: tuple, dmixing: Tensor, delta: Tensor | None) -> Tensor:
+        """The gradient of the logits, `[S, N, N]`."""
+        p, rows, keys = self.problem, 16, min(128, triton.next_power_of_2(self.problem.tokens))
+        dlogits = self.empty(p.groups, p.tokens, p.tokens)
+        grid = (p.groups * _blocks(p.tokens, rows) * _blocks(p.tokens, keys),)
+        triton_mixing.logits_kernel[grid](
+            statistics, dmixing, delta, dlogits, shares=dmixing.shape[1], **self.windows, **self.groups,
+            BM=rows, BK=keys,
         )  # fmt: skip
         return dlogits
 
     def table_gradient(self, dlogits: Tensor) -> Tensor:
         groups, size = self.problem.groups, math.prod(2 * w - 1 for w in self.window)
         dtable = self.empty(groups, size)
-        triton_backward.table_kernel[(groups * _blocks(size, 64),)](
-            dlogits, dtable, dlogits.shape[0], W=self.window, S=groups, ACC=self.accumulate, BI=32, BD=64
+        triton_mixing.table_kernel[(groups * _blocks(size, 64),)](
+            dlogits, dtable, W=self.window, **self.groups, BI=32, BD=64
         )
         return dtable
 
@@ -205,7 +230,7 @@ class Call:
         mean, rstd, weight, _ = norm
         channels, tokens = self.problem.channels, mean.numel()
         rows, columns = _token_block(channels)
-        shares = min(_blocks(tokens, rows), wanted_programs(self.problem.device))
+        shares = min(_blocks(tokens, rows), wanted_programs(self.architecture))
         dweight, dshift = self.empty(shares, channels), self.empty(shares, channels)
         triton_norm.norm_backward_kernel[(shares,)](
             self.x, mean, rstd, weight, dnormed, dx, dweight, dshift, tokens, shares, self.map,
@@ -232,16 +257,6 @@ if triton.knobs.runtime.interpret:
     _mend_interpreter()
 
 
-def _settings(tile: Tile) -> dict[str, int]:
-    return {
-        "BM": tile.rows,
-        "BK": tile.keys,
-        "BN": tile.columns,
-        "num_warps": tile.warps,
-        "num_stages": tile.stages,
-    }
-
-
 def _token_block(channels: int) -> tuple[int, int]:
     """Whole tokens of about 4096 elements together."""
     columns = triton.next_power_of_2(channels)
@@ -252,21 +267,29 @@ def _blocks(size: int, block: int) -> int:
     return -(-size // block)
 
 
-def wanted_programs(device: torch.device) -> int:
+def wanted_programs(architecture: str, waves: int = 4) -> int:
     """Into how many programs a launch is cut, if it has the work; the interpreter runs them one by one."""
-    return 1 if device.type == "cpu" else triton_tiles.PROGRAMS
+    return triton_tiles.processors(architecture) * waves
 
 
-def index_type(columns: int) -> tl.dtype:
-    """Columns are counted in 32 bits where they and a last, partly filled block fit; addresses never are."""
-    return tl.int32 if columns < 2**31 - 2**16 else tl.int64
+def may_round_operands(architecture: str) -> bool:
+    """Whether float32 products take TF32 operands: PyTorch's setting, where the chip has such products."""
+    has_tf32 = architecture in triton_tiles.WITH_TF32
+    return has_tf32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
-def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that a program may have; the interpreter behaves as the smallest chip."""
-    return 64 * 1024 if device.type == "cpu" else _shared_memory(device.index)
+def index_type(columns: int, extent: int) -> tl.dtype:
+    """Columns and places in a window are counted in 32 bits where they and a last, partly filled block fit;
+    windows are addressed in 64 bits always."""
+    return tl.int32 if max(columns, extent) < 2**31 - 2**16 else tl.int64
+
+
+def architecture(device: torch.device) -> str:
+    """The name in the table of tiles: sm_90, gfx942, ..."""
+    return "interpreter" if triton.knobs.runtime.interpret else _architecture(device.index)
 
 
 @cache
-def _shared_memory(index: int) -> int:
-    return triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
+def _architecture(index: int | None) -> str:
+    target = triton.runtime.driver.active.get_current_target()
+    return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
