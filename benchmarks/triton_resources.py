@@ -1,7 +1,7 @@
 """Compiles every Triton kernel for chips that are not here, as calls of the operator would launch them.
 
     python -m benchmarks.triton_resources sm_90                       a JSON line per kernel
-    python -m benchmarks.triton_resources --out FILE.json             all chips, one process after another
+    python -m benchmarks.triton_resources --out FILE.json             all chips, and the table of docs/gpu.md
 
 A line has the kernel, the call, the registers of a thread, the bytes that did not fit them, and the shared
 memory that a program needs and may have. Triton's interpreter must be off; launches are caught after
@@ -26,6 +26,10 @@ from triton.runtime import JITFunction, driver
 
 from posmlp_kernels.pos_gate import triton_launch
 
+from .report import RESULTS, ROOT, table
+
+DOCUMENT = ROOT / "docs" / "gpu.md"
+COMMITTED = RESULTS / "triton_resources.json"
 # The chip, and the kilobytes of shared memory that a program may have on it.
 CHIPS = {
     "sm_75": (GPUTarget("cuda", 75, 32), 64),
@@ -99,7 +103,9 @@ def launch(call: Launch) -> None:
 
 
 def resources(kernel: triton.compiler.CompiledKernel) -> dict[str, int]:
-    """Registers of a thread, bytes spilled by each, and bytes of shared memory of a program."""
+    """Registers of a thread, bytes that it spills, and bytes of shared memory of a program; where there is
+    PTX, the stores to device memory in its text, and those of them that are of 16 bytes."""
+    stores = re.findall(r"st\.global\S*", kernel.asm.get("ptx", ""))
     if "amdgcn" in kernel.asm:
         found = [
             re.search(rf"\.{n}:\s+(\d+)", kernel.asm["amdgcn"]) for n in ("vgpr_count", "vgpr_spill_count")
@@ -113,7 +119,13 @@ def resources(kernel: triton.compiler.CompiledKernel) -> dict[str, int]:
             command = [str(tool), "--dump-resource-usage", file.name]
             text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         registers, spilled = map(int, re.search(r"REG:(\d+) STACK:(\d+)", text).groups())
-    return {"registers": registers, "spilled": spilled, "shared": kernel.metadata.shared}
+    return {
+        "registers": registers,
+        "spilled": spilled,
+        "shared": kernel.metadata.shared,
+        "stores": len(stores),
+        "wide_stores": sum(".v4.b32" in store for store in stores),
+    }
 
 
 def compile_for(chip: str, calls: tuple[Launch, ...]) -> None:
@@ -135,6 +147,36 @@ def compile_for(chip: str, calls: tuple[Launch, ...]) -> None:
         launch(call)
 
 
+def compile_for_all() -> dict:
+    """What `compile_for` prints for every chip, one process after another."""
+    kernels = []
+    for chip in CHIPS:
+        command = [sys.executable, "-m", "benchmarks.triton_resources", chip]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        kernels += [json.loads(line) for line in text.splitlines()]
+    return {"triton": triton.__version__, "torch": torch.__version__, "kernels": kernels}
+
+
+def fill(text: str, results: dict) -> str:
+    """docs/gpu.md with its table written anew."""
+    found = {(k["chip"], k["call"], k["kernel"]): k for k in results["kernels"]}
+    shown = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+
+    def cell(chip: str, call: Launch, kernel: str) -> str:
+        it = found[chip, call.why, kernel]
+        return f"{it['registers']}, {it['spilled']}, {it['shared'] / 1024:.0f}"
+
+    rows = [
+        [f"{call.why}: {name}", *(cell(chip, call, f"{name}_kernel") for chip in shown)]
+        for call in CALLS
+        for name in ("gate", "backward")
+    ]
+    filled = table(("call: kernel", *shown), rows)
+    return re.sub(
+        r"<!-- compiled -->.*?<!-- end -->", f"<!-- compiled -->\n{filled}\n<!-- end -->", text, flags=re.S
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("chip", nargs="?", choices=CHIPS)
@@ -144,17 +186,9 @@ def main() -> None:
     if arguments.chip:
         compile_for(arguments.chip, FEW if arguments.few else CALLS)
     elif arguments.out:
-        kernels = []
-        for chip in CHIPS:
-            command = [sys.executable, "-m", "benchmarks.triton_resources", chip]
-            text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-            kernels += [json.loads(line) for line in text.splitlines()]
-        arguments.out.write_text(
-            json.dumps(
-                {"triton": triton.__version__, "torch": torch.__version__, "kernels": kernels}, indent=1
-            )
-            + "\n"
-        )
+        results = compile_for_all()
+        arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+        DOCUMENT.write_text(fill(DOCUMENT.read_text(), results))
     else:
         parser.error("name a chip, or a file with --out")
 

@@ -76,7 +76,7 @@ def outer(
         tl.store(p_partial + o_pair, sums[i], mask=(o_i < N)[:, None] & (o_j < N)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "shares"])
 def backward_kernel(
     p_x, p_dz, p_dx, p_dnormed, p_mixing, p_bias, NORM, p_db, p_delta, p_dmixing, B, M, SHIFT, shares, X, DZ,
     DX, W: tl.constexpr, KINDS: tl.constexpr, S: tl.constexpr, D: tl.constexpr, ACT: tl.constexpr,

@@ -4,9 +4,9 @@
     logits_kernel   dL[g]         = sum over kinds of P (dP - delta), or of dP without softmax
     table_kernel    dR(d)[g]      = sum over i of dL[i, i + d]
 
-P is stored once per kind of window and group, in x's dtype: N^2 numbers for all windows of the batch, under a
-hundredth of what the product moves, and they stay in the second-level cache. Its sides are padded with zeros
-to what the product's tiles read, so that those load it without masks, in whole 16-byte pieces.
+P is stored once per kind of window and group, in x's dtype: N^2 numbers for all windows of the batch, a
+megabyte where x has hundreds, and they stay in the second-level cache. Its sides are padded with zeros to
+what the product's tiles read, so that those load it without masks, in whole 16-byte pieces.
 
 dP comes as one partial sum per share of the columns; shares and kinds are added up in a fixed order, in the
 accumulation dtype, and multiplied by an unrounded P. delta[i] = rowsum(P dP) comes from the product by rows.

@@ -160,7 +160,7 @@ def rows(
             tl.store(p_delta + o_row, b_delta[i], mask=o_i < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "shares"])
 def gate_kernel(
     p_x, p_z, p_mixing, p_bias, NORM, B, M, SHIFT, shares, X, Z, W: tl.constexpr, KINDS: tl.constexpr,
     S: tl.constexpr, D: tl.constexpr, ACT: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,

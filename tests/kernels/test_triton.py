@@ -57,19 +57,19 @@ class Cut:
 
     name: str
     tile: Tile
+    dtype: torch.dtype
 
 
 TILES = (
-    Cut("kept", Tile(64, 32, 16, 32, rows=16, run=16, keep=64)),  # P in pieces of 32 and less
-    Cut("streamed", Tile(16, 16, 16, 16, rows=16, run=32)),  # several blocks of queries and keys
+    Cut("kept", Tile(64, 32, 16, 32, rows=16, run=16, keep=64), torch.float16),  # in pieces of 32 and less
+    Cut("streamed", Tile(16, 16, 16, 16, rows=16, run=32), torch.float32),  # several blocks of the window
 )
 
 
 @interpreted_only
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("cut", TILES, ids=lambda cut: cut.name)
 @pytest.mark.parametrize("case", CUTS, ids=lambda case: case.name)
-def test_shares_pieces_and_wide_indices(case, cut, dtype, monkeypatch):
+def test_shares_pieces_and_wide_indices(case, cut, monkeypatch):
     """Columns cut into several shares, as on a GPU, and counted in 64 bits, as for huge x."""
     import triton.language as tl
 
@@ -87,7 +87,7 @@ def test_shares_pieces_and_wide_indices(case, cut, dtype, monkeypatch):
     )
 
     gate = partial(run, backend="triton")
-    assert_gate_no_worse(gate, case, dtype, parameter_dtype=torch.float32, seeds=range(1))
+    assert_gate_no_worse(gate, case, cut.dtype, parameter_dtype=torch.float32, seeds=range(1))
     assert max(shares) > 1
 
 
@@ -197,3 +197,28 @@ def test_kernels_compile_and_fit(chip, tmp_path):
     spilling = [kernel for kernel in kernels if kernel["spilled"]]
     assert not [kernel for kernel in spilling if (chip, kernel["kernel"]) in SPILL_FREE]
     assert not [kernel for kernel in spilling if kernel["spilled"] > 128]
+    if chip.startswith("sm_"):
+        whole = [k for k in kernels if k["kernel"] == "gate_kernel" and "window 24" in k["call"]]
+        assert all(kernel["wide_stores"] == kernel["stores"] > 0 for kernel in whole)
+
+
+def test_the_page_says_what_was_compiled():
+    from benchmarks import triton_resources
+
+    text = triton_resources.DOCUMENT.read_text()
+    committed = json.loads(triton_resources.COMMITTED.read_text())
+    assert triton_resources.fill(text, committed) == text, (
+        "run python -m benchmarks.triton_resources --out ..."
+    )
+
+
+def test_what_would_be_tuned(capsys):
+    from benchmarks import tune
+
+    tune.main(["--dry-run"])
+    assert "72 tiles forward\n144 tiles backward" in capsys.readouterr().out
+    shapes = tune.shapes("TSB")
+    assert len(set(shapes)) == 12
+    for backward in (False, True):
+        for tile in tune.candidates(backward):
+            assert sum(tile.for_window(196).pieces(196)) in (208, 256)
