@@ -26,10 +26,11 @@ from triton.runtime import JITFunction, driver
 
 from posmlp_kernels.pos_gate import triton_launch
 
-from .report import RESULTS, ROOT, table
+from .markdown import table
 
+ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs" / "gpu.md"
-COMMITTED = RESULTS / "triton_resources.json"
+COMMITTED = ROOT / "benchmarks" / "results" / "triton_resources.json"
 # The chip, and the kilobytes of shared memory that a program may have on it.
 CHIPS = {
     "sm_75": (GPUTarget("cuda", 75, 32), 64),

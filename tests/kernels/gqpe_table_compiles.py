@@ -1,7 +1,7 @@
 """Compiles the table's Triton kernels for chips that are not here, as calls of its ops would launch them.
 
-Prints a JSON line per kernel, chip and call, as triton_compiles.py does. It runs in a process of its own,
-without Triton's interpreter; launches are caught after compilation.
+Prints a JSON line per kernel, chip and call, as benchmarks/triton_resources.py does. It runs in a process
+of its own, without Triton's interpreter; launches are caught after compilation.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import json
 
 import torch
 from triton.runtime import JITFunction, driver
-from triton_compiles import CHIPS, NoGpu
 
+from benchmarks.triton_resources import CHIPS, NoGpu
 from posmlp_kernels.gqpe_table import triton
 
 WINDOWS = ((14, 14), (7,), (2, 4, 4))  # PosMLP's, and the other ranks
