@@ -18,6 +18,7 @@ import pytest
 import torch
 from support import interpreted
 
+from posmlp_kernels import pos_gate
 from posmlp_kernels.pos_gate.triton_tiles import TABLE, Tile, tile_of
 from posmlp_kernels.testing import Case, assert_gate_no_worse, run
 
@@ -175,6 +176,32 @@ def test_elements_that_the_kernels_ask_for(activation, monkeypatch):
     backward = {name: count / (tokens * channels) for name, count in counts.items()}
     loads = 8 + (activation != "none") + 2 * mixing
     assert backward == pytest.approx({"loads": loads, "stores": 2 + mixing})
+
+
+@interpreted_only
+def test_a_forward_is_two_launches(monkeypatch):
+    from posmlp_kernels.pos_gate import triton_launch
+
+    launched = []
+
+    class Watched:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            launched.append(self.kernel.fn.__name__)
+            return self.kernel[grid]
+
+    for owner, name in (
+        (triton_launch.triton_mixing, "mixing_kernel"),
+        (triton_launch.triton_product, "gate_kernel"),
+        (triton_launch.triton_norm, "statistics_kernel"),
+    ):
+        monkeypatch.setattr(owner, name, Watched(getattr(owner, name)))
+    x, table = torch.randn(1, 4, 12), torch.randn(2, 7)
+    with torch.no_grad():
+        pos_gate(x, table, window=4, softmax=True, activation="gelu", backend="triton")
+    assert launched == ["mixing_kernel", "gate_kernel"]
 
 
 SPILL_FREE = {("sm_80", "gate_kernel"), ("sm_90", "gate_kernel"), ("sm_100", "gate_kernel")}
