@@ -4,18 +4,19 @@
 // with dU = dZ * X2: dX2 = dZ * (Y + b), dX1 = P^T dU, dP = dU X1^T, db = rows of dU summed.
 //
 // Tiling: the columns of a group are the long axis (window, channel of the group), cut into panels as wide as a register
-// tile. A unit is a group and a share of its columns. It packs P once per window class and streams panels past it. A
+// tile. A unit is a group and a share of its columns. It prepares P once per window class and streams panels past it. A
 // panel of X1 is gathered by address (activation and norm on the way) and stays in the first-level cache; then, tile of
 // rows by tile of rows, the product is made, and bias, X2 and the way out are applied to the tile while it is at hand.
 // X2, dZ, Z and dX are touched nowhere else, a tile ahead of their use they are asked for, and nothing of the size of x
-// is ever stored. P is N x N (196^2 floats: 154 KB) and stays in the second-level cache.
+// is ever stored. Of P the product by rows needs the table alone (3 KB for N = 196); its transpose, N x N (196^2 floats:
+// 154 KB), stays in the second-level cache.
 // Flops: 2 N C a token forward, 8 N C forward and backward, less what P leaves out. Bytes: 3 C and 5 C elements a token.
 // No include guard: every instruction set compiles this text anew, inside its own namespace and target options.
 
 // A thread's buffers, kept from call to call so that no pages are faulted in again.
 template <class A, class E>
 struct Workspace {
-  std::vector<A> storage, bias;   // bias: [tokens] of the window class at hand, zeros if there is none
+  std::vector<A> storage, bias, scale;  // bias, zeros if there is none, and scale: [tokens] of the window class at hand
   std::vector<E> operands;
   std::vector<double> bias_sums;  // [tokens, lanes] of the window class at hand
   MixingBuffers<A> mixing;
@@ -144,10 +145,10 @@ class Gate {
     multiply_panel(window, workspace_.rows, x1_, columns, [&](const Piece& piece, int64_t from, int64_t to) {
       const auto x2 = x2_map.rows(piece, from);
       const auto z = z_map.rows(piece, from);
-      const A *y = done_ + piece.column, *bias = &workspace_.bias[from];
+      const A *y = done_ + piece.column, *bias = &workspace_.bias[from], *scale = &workspace_.scale[from];
       const Activation activation = call_.activation;
       for_each_vector<A>(to - from, piece.count, [=](auto lanes, int64_t k, int64_t c) {
-        const auto sum = load<A, lanes>(y + k * kPanel + c) + bias[k];
+        const auto sum = load<A, lanes>(y + k * kPanel + c) * scale[k] + bias[k];
         store_as(z(k) + c, sum * activated(activation, load_as<A, lanes>(x2(k) + c)));
       });
     });
@@ -166,13 +167,13 @@ class Gate {
       const auto x2 = x2_map.rows(piece, from);
       const auto dz = dz_map.rows(piece, from);
       const auto dx2 = dx2_map.rows(piece, from);
-      const A *y = done_ + piece.column, *bias = &workspace_.bias[from];
+      const A *y = done_ + piece.column, *bias = &workspace_.bias[from], *scale = &workspace_.scale[from];
       const Activation activation = call_.activation;
       A* du = to_du + from * kPanel + piece.column;
       for_each_vector<A>(to - from, piece.count, [=](auto lanes, int64_t k, int64_t c) {
         const auto gradient = load_as<A, lanes>(dz(k) + c);
         const auto gate = activated_with_slope(activation, load_as<A, lanes>(x2(k) + c));
-        const auto sum = load<A, lanes>(y + k * kPanel + c) + bias[k];
+        const auto sum = load<A, lanes>(y + k * kPanel + c) * scale[k] + bias[k];
         store_as(dx2(k) + c, gradient * sum * gate.slope);
         store(du + k * kPanel + c, gradient * gate.value);
       });
@@ -223,16 +224,20 @@ class Gate {
       const int64_t first = panels * split / call_.splits * kPanel;
       const int64_t last = std::min(columns, panels * (split + 1) / call_.splits * kPanel);
       if (first >= last) continue;
-      gather_bias(window);
       mixing_.prepare(window, group_);
+      gather_bias_and_scale(window);
       work(window, first, last);
     }
   }
 
-  void gather_bias(const Window& window) {
+  void gather_bias_and_scale(const Window& window) {
     const A* bias = static_cast<const A*>(call_.bias);
     workspace_.bias.resize(window.tokens);
-    for (int64_t k = 0; k < window.tokens; ++k) workspace_.bias[k] = bias ? bias[window.index[k]] : A(0);
+    workspace_.scale.resize(window.tokens);
+    for (int64_t k = 0; k < window.tokens; ++k) {
+      workspace_.bias[k] = bias ? bias[window.index[k]] : A(0);
+      workspace_.scale[k] = mixing_.row_scale(k);
+    }
   }
 
   // Calls `work(index, columns)` for each panel of the columns first <= q < last, with the places of its pieces and of

@@ -84,18 +84,19 @@ inline void store_operands(E* to, DoubleVec first, DoubleVec second) {
 }
 
 // P or its transpose, cut into tiles of kTileRows rows. Only what matters is there: for each tile the steps in which any
-// of its rows has a weight worth adding, with the tile's kTileRows weights side by side.
+// of its rows has a weight worth adding, and where the tile's kTileRows weights for it stand side by side.
 template <class E>
 struct Packed {
-  std::vector<int64_t> begin;    // [tiles + 1], into `row`
-  std::vector<int32_t> row;      // step * kPanel: where the multiplied panel has it
-  std::vector<E> weights;        // [entries, kTileRows], and room for a vector to stick out
+  std::vector<int64_t> begin;    // [tiles + 1], into `row` and `at`
+  std::vector<int32_t> row, at;  // step * kPanel: where the multiplied panel has it; where `weights` has it
+  std::vector<E> weights;        // `shared` ones of many entries, then kTileRows for each entry, and room to stick out
 
   int64_t tiles() const { return int64_t(begin.size()) - 1; }
-  void clear(int64_t most_entries) {
+  void clear(int64_t most_entries, int64_t shared) {
     begin.assign(1, 0);
-    row.resize(most_entries);
-    weights.resize(most_entries * kTileRows + 64);
+    row.resize(most_entries + 1);  // one more may be written and not kept
+    at.resize(most_entries + 1);
+    weights.resize(shared + (most_entries + 1) * kTileRows + 64);
   }
 };
 
@@ -109,17 +110,15 @@ __attribute__((noinline)) void multiply_tile(const Packed<E>& packed, int64_t ti
   for (int r = 0; r < kTileRows; ++r)
     for (int v = 0; v < kVectors; ++v) sums[r][v] = Vec<A>{};
   const int64_t entries = packed.begin[tile + 1] - packed.begin[tile];
-  const int32_t* row = packed.row.data() + packed.begin[tile];
-  const E* weights = packed.weights.data() + packed.begin[tile] * kTileRows;
+  const int32_t *row = packed.row.data() + packed.begin[tile], *at = packed.at.data() + packed.begin[tile];
   int64_t e = 0;
   do {
     wanted.ask();
-    const E* operands = from + row[e];
+    const E *operands = from + row[e], *weights = packed.weights.data() + at[e];
     Operands<E> vectors[kVectors];
     for (int v = 0; v < kVectors; ++v) vectors[v] = Operands<E>(operands + v * kLanes);
     for (int r = 0; r < kTileRows; ++r)
       for (int v = 0; v < kVectors; ++v) sums[r][v] = vectors[v].times(weights[r], sums[r][v]);
-    weights += kTileRows;
   } while (++e < entries);
   for (int r = 0; r < kTileRows; ++r)
     for (int v = 0; v < kVectors; ++v) store(to + r * kPanel + v * kLanes, sums[r][v]);

@@ -4,7 +4,8 @@
 // centre + place(j) - place(i). Without a free matrix, P(i, j) = weight(entry) * scale(i): weight is the table itself, or
 // e^(R - max R) with scale one over the row's sum under softmax. One exponential per table entry serves all N rows; that
 // few can be had in double, and must: an error in one would be the same in every row, and gradients of the table, which
-// sum over rows, would not average it out. P is never stored then: its tiles are read straight from the table.
+// sum over rows, would not average it out. P is never stored then: the product by rows reads its weights straight from the
+// table, and its results are scaled; the transpose, whose scale goes with what is summed over, is packed from it.
 // With a free matrix, or where a row's keys all lie so far from the table's maximum that nothing is left of them, P is
 // `dense`, each row about its own maximum.
 //
@@ -15,7 +16,7 @@
 // Kept from call to call by each thread, so that no pages are faulted in again.
 template <class A>
 struct MixingBuffers {
-  std::vector<double> weight, flipped, peak, flipped_peak, scale, row, sums;
+  std::vector<double> weight, flipped, peak, scale, row, sums;
   std::vector<A> dense;
 };
 
@@ -32,12 +33,13 @@ class Mixing {
     centre_ = shape_.table_size() / 2;
     negligible_ = call_.softmax ? epsilon_ / 128 / double(window.tokens) : 0;
     factored_ = table_ && !call_.matrix && weigh_table() && scale_rows();
-    if (factored_) find_peaks();
+    shared_ = factored_ && *std::max_element(b_.scale.begin(), b_.scale.begin() + window.tokens) < kMostShared;
     if (!factored_) build_dense(group);
   }
 
-  // Tiles of queries, entries are keys.
+  // Tiles of queries, entries are keys. `row_scale` is what the rows of the product are to be multiplied by.
   void pack_rows(Packed<E>& packed) { pack<true>(packed); }
+  A row_scale(int64_t i) const { return shared_ ? A(b_.scale[i]) : A(1); }
   // Tiles of keys, entries are queries: the transpose.
   void pack_columns(Packed<E>& packed) { pack<false>(packed); }
 
@@ -58,6 +60,7 @@ class Mixing {
 
  private:
   static constexpr int kDoubles = VectorOf<double>::kLanes, kDepth = kDepthOf<E>;
+  static constexpr double kMostShared = 1e24;  // of a scale: weights that matter are then normal numbers of float32
 
   static const A* at_group(const void* parameter, int64_t group, int64_t size) {
     return parameter ? static_cast<const A*>(parameter) + group * size : nullptr;
@@ -147,89 +150,116 @@ class Mixing {
       b_.sums.swap(b_.row);
     }
   }
-  // The largest |weight| among the kTileRows entries from each one on, for the table and for its mirror image.
-  void find_peaks() {
+  // ---- packing ----
+
+  // The entries in the order in which a tile's tokens have them side by side: for queries the table's mirror image.
+  template <bool kRows>
+  void find_entries() {
     const int64_t size = shape_.table_size();
-    make_room(b_.flipped, size);
-    for (int64_t e = 0; e < size; ++e) b_.flipped[e] = b_.weight[size - 1 - e];
-    const auto find = [&](const std::vector<double>& from, std::vector<double>& peaks) {
-      peaks.resize(from.size());
-      for (size_t e = 0; e < from.size(); ++e)  // NaN is to be seen
-        peaks[e] = from[e] == from[e] ? std::abs(from[e]) : std::numeric_limits<double>::infinity();
-      // Of two entries, then of four and so on: runs may overlap.
-      for (int64_t run = 1; run < kTileRows;) {
-        const int64_t step = std::min<int64_t>(run, kTileRows - run);
-        for (int64_t e = 0; e + step < int64_t(peaks.size()); ++e)
-          peaks[e] = peaks[e + step] > peaks[e] ? peaks[e + step] : peaks[e];
-        run += step;
-      }
-    };
-    find(b_.weight, b_.peak);
-    find(b_.flipped, b_.flipped_peak);
+    if (kRows) {
+      make_room(b_.flipped, 1 + size);  // behind a zero
+      for (int64_t e = 0; e < size; ++e) b_.flipped[1 + e] = b_.weight[size - 1 - e];
+    }
+    entries_ = kRows ? b_.flipped.data() + 1 : b_.weight.data();
+    find_peaks(size);
   }
 
-  // ---- packing ----
+  // The largest |entry| among the kTileRows from each one on.
+  void find_peaks(int64_t size) {
+    const int64_t count = size + kDoubles;  // there is room for it
+    b_.peak.resize(count);
+    for (int64_t e = 0; e < count; ++e)  // NaN is to be seen
+      b_.peak[e] = entries_[e] == entries_[e] ? std::abs(entries_[e]) : std::numeric_limits<double>::infinity();
+    // Of two entries, then of four and so on: runs may overlap.
+    for (int64_t run = 1; run < kTileRows;) {
+      const int64_t step = std::min<int64_t>(run, kTileRows - run);
+      for (int64_t e = 0; e + step < count; ++e)
+        b_.peak[e] = b_.peak[e + step] > b_.peak[e] ? b_.peak[e + step] : b_.peak[e];
+      run += step;
+    }
+  }
 
   template <bool kRows>
   void pack(Packed<E>& packed) {
     const int64_t tokens = window_->tokens, tiles = divide_up(tokens, kTileRows);
-    packed.clear(tiles * divide_up(tokens, kDepth));
+    if (factored_) find_entries<kRows>();
+    const bool shares = kRows && shared_;
+    const int64_t shared = shares ? round_up(shape_.table_size(), kDoubles) + kDoubles : 0;
+    packed.clear(tiles * divide_up(tokens, kDepth), shared);
+    if (shares) share_table(packed, shared);
     int64_t entries = 0;
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t first = tile * kTileRows, rows = std::min<int64_t>(kTileRows, tokens - first);
       const bool side_by_side =
           rows == kTileRows && window_->place[first + rows - 1] == window_->place[first] + rows - 1 && factored_;
-      entries = side_by_side ? pack_run<kRows>(packed, entries, first) : pack_tile<kRows>(packed, entries, first, rows);
+      entries = side_by_side ? pack_run<kRows>(packed, entries, first, shared)
+                             : pack_tile<kRows>(packed, entries, first, rows, shared);
       if (entries == packed.begin.back()) {  // a tile has at least one
-        std::fill_n(&packed.weights[entries * kTileRows], kTileRows, E{});
-        packed.row[entries++] = 0;
+        packed.row[entries] = 0;
+        packed.at[entries] = int32_t(shared + entries * kTileRows);
+        std::fill_n(&packed.weights[packed.at[entries++]], kTileRows, E{});
       }
       packed.begin.push_back(entries);
     }
   }
 
+  // The table's mirror image as it is, for the rows of P without their scale: entry e, and in a pair the one before it,
+  // which is that of the next key.
+  void share_table(Packed<E>& packed, int64_t shared) const {
+    for (int64_t e = 0; e < shared; e += kDoubles)
+      store_operands(&packed.weights[e], load<double>(entries_ + e), load<double>(entries_ + e - 1));
+  }
+
   // A tile whose tokens lie side by side along the last dimension: their weights do so too, in the table's mirror image
-  // for queries, in the table for keys.
+  // for queries, in the table for keys. Rows whose scale can wait need no weights of their own.
   template <bool kRows>
-  int64_t pack_run(Packed<E>& packed, int64_t entries, int64_t first) const {
-    const double* weight = kRows ? b_.flipped.data() : b_.weight.data();
-    const double* peak = kRows ? b_.flipped_peak.data() : b_.peak.data();
+  int64_t pack_run(Packed<E>& packed, int64_t entries, int64_t first, int64_t shared) const {
+    const double *weight = entries_, *peak = b_.peak.data();
     const double largest = kRows ? *std::max_element(&b_.scale[first], &b_.scale[first] + kTileRows) : 1;
-    const int64_t origin = centre_ + window_->place[first], tokens = window_->tokens;
-    const auto counts = [&](int64_t k) {
-      return peak[origin - window_->place[k]] * (kRows ? largest : b_.scale[k]) > negligible_;
-    };
+    const int64_t* place = window_->place.data();
+    const int64_t origin = centre_ + place[first], tokens = window_->tokens;
+    const auto counts = [&](int64_t k) { return peak[origin - place[k]] * (kRows ? largest : b_.scale[k]) > negligible_; };
     const auto weights = [&](int64_t k, int r) {
-      const DoubleVec scale = kRows ? load<double>(&b_.scale[first + r]) : fill<DoubleVec>(b_.scale[k]);
-      return load<double>(weight + origin - window_->place[k] + r) * scale;
+      const DoubleVec scale = !kRows   ? fill<DoubleVec>(b_.scale[k])
+                              : shared ? fill<DoubleVec>(1)
+                                       : load<double>(&b_.scale[first + r]);
+      return load<double>(weight + origin - place[k] + r) * scale;
     };
     for (int64_t k = 0; k < tokens; k += kDepth) {
       const bool two = kDepth == 2 && k + 1 < tokens;
-      if (!(counts(k) || (two && counts(k + 1)))) continue;
-      E* to = &packed.weights[entries * kTileRows];
-      for (int r = 0; r < kTileRows; r += kDoubles)
-        store_operands(to + r, weights(k, r), two ? weights(k + 1, r) : DoubleVec{});
-      packed.row[entries++] = int32_t(k / kDepth * kPanelOf<A>);
+      const bool kept = counts(k) | (two && counts(k + 1));
+      packed.row[entries] = int32_t(k / kDepth * kPanelOf<A>);
+      if (kRows && shared && (kDepth == 1 || (two && place[k + 1] == place[k] + 1))) {
+        packed.at[entries] = int32_t(origin - place[k]);
+      } else if (kept) {
+        packed.at[entries] = int32_t(shared + entries * kTileRows);
+        for (int r = 0; r < kTileRows; r += kDoubles)
+          store_operands(&packed.weights[packed.at[entries] + r], weights(k, r), two ? weights(k + 1, r) : DoubleVec{});
+      }
+      entries += kept;  // without a branch: hardly a pattern to foresee
     }
     return entries;
   }
 
   template <bool kRows>
-  int64_t pack_tile(Packed<E>& packed, int64_t entries, int64_t first, int64_t rows) const {
+  int64_t pack_tile(Packed<E>& packed, int64_t entries, int64_t first, int64_t rows, int64_t shared) const {
     const int64_t tokens = window_->tokens;
     for (int64_t k = 0; k < tokens; k += kDepth) {
-      E* to = &packed.weights[entries * kTileRows];
+      packed.row[entries] = int32_t(k / kDepth * kPanelOf<A>);
+      packed.at[entries] = int32_t(shared + entries * kTileRows);
+      E* to = &packed.weights[packed.at[entries]];
       bool counts = false;
       for (int64_t r = 0; r < rows; ++r) {
         double weights[2] = {0, 0};
         for (int64_t d = 0; d < std::min<int64_t>(kDepth, tokens - k); ++d) {
           weights[d] = kRows ? weight_of(first + r, k + d) : weight_of(k + d, first + r);
           counts |= !(std::abs(weights[d]) <= negligible_);
+          if (kRows && shared) weights[d] /= b_.scale[first + r];
         }
         to[r] = operand<E>(weights[0], weights[1]);
       }
       std::fill(to + rows, to + kTileRows, E{});
-      if (counts) packed.row[entries++] = int32_t(k / kDepth * kPanelOf<A>);
+      entries += counts;
     }
     return entries;
   }
@@ -329,7 +359,8 @@ class Mixing {
   MixingBuffers<A>& b_;
   const Window* window_ = nullptr;
   const A* table_ = nullptr;  // of the group at hand
+  const double* entries_ = nullptr;
   int64_t centre_ = 0;
   double negligible_ = 0;
-  bool factored_ = false;
+  bool factored_ = false, shared_ = false;  // shared: rows are packed without their scale
 };
