@@ -334,16 +334,8 @@ class Gate {
 
   void activate(int64_t count, A* slopes) const {
     if (call_.activation == Activation::none) return;
-    for (int64_t i = 0; i < count; i += kLanes) {
-      const auto x = load<A>(x1_ + i);
-      if (slopes) {
-        const auto y = activated_with_slope(call_.activation, x);
-        store(x1_ + i, y.value);
-        store(slopes + i, y.slope);
-      } else {
-        store(x1_ + i, activated(call_.activation, x));
-      }
-    }
+    for (int64_t i = 0; i < count; i += kLanes)
+      store_activated(call_.activation, load<A>(x1_ + i), x1_ + i, slopes ? slopes + i : nullptr);
   }
 
   void normalise(const Window& window) const {

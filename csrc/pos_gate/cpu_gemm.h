@@ -87,9 +87,10 @@ inline void store_operands(E* to, DoubleVec first, DoubleVec second) {
 // of its rows has a weight worth adding, and where the tile's kTileRows weights for it stand side by side.
 template <class E>
 struct Packed {
-  std::vector<int64_t> begin;    // [tiles + 1], into `row` and `at`
-  std::vector<int32_t> row, at;  // step * kPanel: where the multiplied panel has it; where `weights` has it
-  std::vector<E> weights;        // `shared` ones of many entries, then kTileRows for each entry, and room to stick out
+  std::vector<int64_t> begin;  // [tiles + 1], into `row` and `at`
+  std::vector<int32_t> row;    // step * kPanel: where the multiplied panel has it
+  std::vector<int64_t> at;     // where `weights` has it
+  std::vector<E> weights;      // `shared` ones of many entries, then kTileRows for each entry, and room to stick out
 
   int64_t tiles() const { return int64_t(begin.size()) - 1; }
   void clear(int64_t most_entries, int64_t shared) {
@@ -110,7 +111,8 @@ __attribute__((noinline)) void multiply_tile(const Packed<E>& packed, int64_t ti
   for (int r = 0; r < kTileRows; ++r)
     for (int v = 0; v < kVectors; ++v) sums[r][v] = Vec<A>{};
   const int64_t entries = packed.begin[tile + 1] - packed.begin[tile];
-  const int32_t *row = packed.row.data() + packed.begin[tile], *at = packed.at.data() + packed.begin[tile];
+  const int32_t* row = packed.row.data() + packed.begin[tile];
+  const int64_t* at = packed.at.data() + packed.begin[tile];
   int64_t e = 0;
   do {
     wanted.ask();

@@ -60,7 +60,8 @@ class Mixing {
 
  private:
   static constexpr int kDoubles = VectorOf<double>::kLanes, kDepth = kDepthOf<E>;
-  static constexpr double kMostShared = 1e24;  // of a scale: weights that matter are then normal numbers of float32
+  // Of a scale: beyond it products of unscaled weights with small tokens would be flushed as subnormals.
+  static constexpr double kMostShared = 1e12;
 
   static const A* at_group(const void* parameter, int64_t group, int64_t size) {
     return parameter ? static_cast<const A*>(parameter) + group * size : nullptr;
@@ -150,6 +151,7 @@ class Mixing {
       b_.sums.swap(b_.row);
     }
   }
+
   // ---- packing ----
 
   // The entries in the order in which a tile's tokens have them side by side: for queries the table's mirror image.
@@ -196,7 +198,7 @@ class Mixing {
                              : pack_tile<kRows>(packed, entries, first, rows, shared);
       if (entries == packed.begin.back()) {  // a tile has at least one
         packed.row[entries] = 0;
-        packed.at[entries] = int32_t(shared + entries * kTileRows);
+        packed.at[entries] = shared + entries * kTileRows;
         std::fill_n(&packed.weights[packed.at[entries++]], kTileRows, E{});
       }
       packed.begin.push_back(entries);
@@ -230,9 +232,9 @@ class Mixing {
       const bool kept = counts(k) | (two && counts(k + 1));
       packed.row[entries] = int32_t(k / kDepth * kPanelOf<A>);
       if (kRows && shared && (kDepth == 1 || (two && place[k + 1] == place[k] + 1))) {
-        packed.at[entries] = int32_t(origin - place[k]);
+        packed.at[entries] = origin - place[k];
       } else if (kept) {
-        packed.at[entries] = int32_t(shared + entries * kTileRows);
+        packed.at[entries] = shared + entries * kTileRows;
         for (int r = 0; r < kTileRows; r += kDoubles)
           store_operands(&packed.weights[packed.at[entries] + r], weights(k, r), two ? weights(k + 1, r) : DoubleVec{});
       }
@@ -246,7 +248,7 @@ class Mixing {
     const int64_t tokens = window_->tokens;
     for (int64_t k = 0; k < tokens; k += kDepth) {
       packed.row[entries] = int32_t(k / kDepth * kPanelOf<A>);
-      packed.at[entries] = int32_t(shared + entries * kTileRows);
+      packed.at[entries] = shared + entries * kTileRows;
       E* to = &packed.weights[packed.at[entries]];
       bool counts = false;
       for (int64_t r = 0; r < rows; ++r) {

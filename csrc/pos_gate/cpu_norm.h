@@ -64,11 +64,7 @@ class Norm {
     }
     const T* x = static_cast<const T*>(call_.x) + call_.x_view.offset(rest, position);
     for_each_vector<A>(1, channels_, [&](auto lanes, int64_t, int64_t c) {
-      const auto value = load_as<A, lanes>(x + c);
-      if (!slopes) return store(&x_[c], activated(call_.activation, value));
-      const auto y = activated_with_slope(call_.activation, value);
-      store(&x_[c], y.value);
-      store(slopes + c, y.slope);
+      store_activated(call_.activation, load_as<A, lanes>(x + c), &x_[c], slopes ? slopes + c : nullptr);
     });
   }
 

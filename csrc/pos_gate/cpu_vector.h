@@ -160,3 +160,11 @@ inline ActivationValue<V> activated_with_slope(Activation activation, V x) {
   if (activation == Activation::none) return {x, fill<V>(1)};
   return activation == Activation::gelu ? gelu(x) : gelu_tanh(x);
 }
+// *value = act(x), and *slope = act'(x) if it is wanted.
+template <class V>
+inline void store_activated(Activation activation, V x, ElementOf<V>* value, ElementOf<V>* slope) {
+  if (!slope) return store(value, activated(activation, x));
+  const auto y = activated_with_slope(activation, x);
+  store(value, y.value);
+  store(slope, y.slope);
+}

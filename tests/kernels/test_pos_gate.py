@@ -18,7 +18,7 @@ from support import (
     slow_to_start,
 )
 
-from posmlp_kernels import pos_gate
+from posmlp_kernels import gqpe_table, pos_gate
 from posmlp_kernels.testing import (
     CASES,
     PARAMETERS,
@@ -224,3 +224,14 @@ def test_activations_from_tail_to_tail(backend, activation):
     truth = value_and_slope(eager, x2.double().cpu())
     assert_no_worse(value_and_slope(gated, x2), value_and_slope(eager, x2), truth)
     assert torch.equal(gated(far).cpu(), torch.tensor([0.0, 0.0, 100.0, 1e30]))
+
+
+@over_backends(without=["cuda", "triton"])
+def test_small_tokens_far_from_the_table_s_maximum(backend):
+    """Queries whose keys all weigh 1e-17 of the table's maximum, and tokens of 1e-21: neither may vanish."""
+    table = gqpe_table(torch.tensor([[9.0]]), torch.ones(1, 1, 1), 14)
+    x = torch.randn(2, 14, 32, generator=torch.Generator().manual_seed(0))
+    x[..., :16] *= 2.0**-70
+    expected = pos_gate(x.double(), table.double(), window=14, softmax=True, backend="reference")
+    actual = pos_gate(x, table, window=14, softmax=True, backend=backend).double()
+    assert ((actual - expected).abs() <= 1e-4 * expected.abs().amax(0)).all()
