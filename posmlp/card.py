@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .files import write_text
+
 
 @dataclass(frozen=True)
 class ModelCard:
@@ -64,7 +66,7 @@ class ModelCard:
 
     def save(self, weights: str | Path) -> None:
         """Write the card beside a file of weights."""
-        self.path(weights).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        write_text(self.path(weights), json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
     def load(cls, weights: str | Path) -> ModelCard | None:

@@ -1,4 +1,4 @@
-"""The command line: `posmlp demo`, `posmlp predict`, `posmlp info`.
+"""The command line: `posmlp demo`, `train`, `eval`, `predict`, `info`.
 
 Torch is imported by the subcommands, not here, so that help and mistakes answer at once.
 """
@@ -11,9 +11,11 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from .train.options import add_train
+
 FAILED, INTERRUPTED = 2, 130
 # What users can cause; anything else is a bug, and shows its traceback.
-MISTAKES = (ValueError, OSError, ImportError, NotImplementedError, MemoryError)
+MISTAKES = (ValueError, OSError, ImportError, NotImplementedError, MemoryError, FloatingPointError)
 
 
 class Parser(argparse.ArgumentParser):
@@ -55,6 +57,8 @@ def build_parser() -> Parser:
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_demo(commands)
+    add_train(commands)
+    _add_eval(commands)
     _add_predict(commands)
     _add_info(commands)
     return parser
@@ -85,20 +89,54 @@ def _add_predict(commands: argparse._SubParsersAction) -> None:
         "cannot be read is reported on stderr, the others are classified, and the exit status is 2.",
     )
     predict.add_argument("images", nargs="+", metavar="IMAGE", help="image files, and folders of them")
-    predict.add_argument(
+    _add_weights(predict)
+    predict.add_argument("--topk", type=_positive, default=1, metavar="K", help="classes a line (default: 1)")
+    predict.add_argument("--size", type=_side, metavar="N", help="side of the image that the model gets")
+    _add_device(predict)
+    predict.set_defaults(run=_predict)
+
+
+def _add_eval(commands: argparse._SubParsersAction) -> None:
+    evaluate = commands.add_parser(
+        "eval",
+        help="score a model on images whose classes are known",
+        description="Score a model on the validation part of DATA, or on all of it where it has no parts: "
+        "top-1, top-5, cross entropy, images a second. `posmlp train --help` says what DATA can be.",
+    )
+    evaluate.add_argument("data", metavar="DATA", help="images, as for posmlp train")
+    _add_weights(evaluate)
+    evaluate.add_argument(
+        "--val-split", type=float, metavar="SHARE", help="of one folder, only what training held out"
+    )
+    evaluate.add_argument("--size", type=_side, metavar="N", help="side of the image that the model gets")
+    evaluate.add_argument(
+        "--batch-size", type=_positive, default=64, metavar="N", help="default: %(default)s"
+    )
+    evaluate.add_argument(
+        "--workers", type=_natural, default=0, metavar="N", help="processes that load images"
+    )
+    evaluate.add_argument(
+        "--precision", choices=("float32", "bfloat16"), default="float32", help="default: %(default)s"
+    )
+    evaluate.add_argument("--per-class", action="store_true", help="a line for each class")
+    evaluate.add_argument("--confusion", metavar="FILE", help="a picture of what is taken for what")
+    _add_device(evaluate)
+    evaluate.set_defaults(run=_eval)
+
+
+def _add_weights(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--weights", required=True, metavar="FILE", help="a checkpoint of ours or of the original's code"
     )
-    predict.add_argument(
+    parser.add_argument(
         "--model",
         metavar="NAME",
         help="the weights' model, e.g. posmlp_tiny (default: as the .json file beside the weights says)",
     )
-    predict.add_argument("--topk", type=_positive, default=1, metavar="K", help="classes a line (default: 1)")
-    predict.add_argument("--size", type=_side, metavar="N", help="side of the image that the model gets")
-    predict.add_argument(
-        "--device", metavar="NAME", help="cpu, cuda, cuda:1 ... (default: a GPU if there is)"
-    )
-    predict.set_defaults(run=_predict)
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 ... (default: a GPU if there is)")
 
 
 def _add_info(commands: argparse._SubParsersAction) -> None:
@@ -114,7 +152,7 @@ def _add_info(commands: argparse._SubParsersAction) -> None:
     info.add_argument(
         "--windows", type=_positive, nargs="+", metavar="N", help="side of the windows: one, or one a level"
     )
-    info.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 ... (default: a GPU if there is)")
+    _add_device(info)
     info.set_defaults(run=_info)
 
 
@@ -123,6 +161,12 @@ def _demo(**arguments: object) -> int:
 
     run(**arguments)
     return 0
+
+
+def _eval(**arguments: object) -> int:
+    from .evaluate import run
+
+    return run(**arguments)
 
 
 def _predict(**arguments: object) -> int:

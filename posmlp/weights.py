@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .files import write_whole
+
 # The original's modules and ours, in the order in which they apply to a name.
 _RENAMES = (
     (r"^patch_embed\.projs\.(\d)\.", lambda m: f"stem.conv{int(m[1]) + 1}."),
@@ -166,16 +168,12 @@ def save_checkpoint(model: nn.Module, path: str | os.PathLike) -> None:
     if path.suffix not in (".safetensors", ".pt", ".pth"):
         raise ValueError(f"path must end in .safetensors, .pt or .pth, got {path.name!r}")
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        if path.suffix == ".safetensors":
-            # Not save_file, which lets nobody but the owner read the file.
-            partial.write_bytes(_safetensors().save(state, metadata={"format": "pt"}))
-        else:
-            torch.save(state, partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    if path.suffix == ".safetensors":
+        # Not save_file, which lets nobody but the owner read the file.
+        content = _safetensors().save(state, metadata={"format": "pt"})
+        write_whole(path, lambda file: file.write(content))
+    else:
+        write_whole(path, lambda file: torch.save(state, file))
 
 
 def _read(path: Path) -> Any:
