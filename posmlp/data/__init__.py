@@ -7,7 +7,8 @@ batch them. What is not installed everywhere (Pillow, scikit-learn, timm) is imp
 from .digits import Images, load_digits
 from .extras import optional
 from .images import IMAGE_ENDINGS, find_images, open_picture, prepare, read_image, write_image
-from .loader import Batch, EvaluationLoader, TrainingLoader
+from .loader import EvaluationLoader, TrainingLoader
+from .samples import Batch
 from .sources import Source, open_all, open_data
 from .transforms import evaluation_transform, training_transform
 
