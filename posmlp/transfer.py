@@ -69,11 +69,10 @@ def resize_table(table: Tensor, new: Window) -> Tensor:
 
     The longest displacements become the longest ones, and none stays none; a row keeps its sum, not its size.
     """
-    sides = [2 * side - 1 for side in new]
+    old, sides = [(side + 1) // 2 for side in table.shape[1:]], [2 * side - 1 for side in new]
     for dim, side in enumerate(sides, start=1):
         if side == 1:  # torch would take the first entry as the only one of a window of one token
             table = table.narrow(dim, table.shape[dim] // 2, 1)
-    old = [(side + 1) // 2 for side in table.shape[1:]]
     return _resize(table, sides, ends=True) * (math.prod(old) / math.prod(new))
 
 
