@@ -142,21 +142,48 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike, strict: bool = Tr
     Returns: what differs, a line each; empty with `strict`.
     Raises: `FileNotFoundError`; `ValueError` for a file that cannot be read, or that holds another model.
     """
-    state = _unwrap(_read(Path(path)), path)
-    if is_original(state):
-        try:
-            state = from_original(state)
-        except (KeyError, IndexError, RuntimeError) as error:
-            raise ValueError(f"{path} has the original's names but not its layout ({error!r})") from error
-    own = model.state_dict()
-    differences = _differences(own, state)
+    state, own = read_state(path), model.state_dict()
+    found = differences(own, state)
     fitting = {name: state[name] for name in own if name in state and state[name].shape == own[name].shape}
-    if differences and (strict or not fitting):
-        rest = len(differences) - _SHOWN
-        shown = differences[:_SHOWN] + ([f"and {rest} more"] if rest > 0 else [])
-        raise ValueError(f"{path} holds another model: " + "; ".join(shown))
+    if found and (strict or not fitting):
+        raise another_model(path, found)
     model.load_state_dict(fitting, strict=False)
-    return differences
+    return found
+
+
+def read_state(path: str | os.PathLike) -> dict[str, Tensor]:
+    """The state dict in a file that `load_checkpoint` reads, in the names and layout of this package.
+
+    Raises: `FileNotFoundError`; `ValueError` for a file that cannot be read or holds no state dict.
+    """
+    state = _unwrap(_read(Path(path)), path)
+    if not is_original(state):
+        return state
+    try:
+        return from_original(state)
+    except (KeyError, IndexError, RuntimeError) as error:
+        raise ValueError(f"{path} has the original's names but not its layout ({error!r})") from error
+
+
+def differences(own: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> list[str]:
+    """How a state dict differs from a model's own: shapes, then what is missing, then what is unexpected."""
+    shapes = [
+        f"{name} must be {list(own[name].shape)}, got {list(other[name].shape)}"
+        for name in own
+        if name in other and own[name].shape != other[name].shape
+    ]
+    # A count of batches, which only a BatchNorm without momentum reads; hand-made files leave it out.
+    missing = [
+        f"{name} is missing" for name in own if name not in other and not name.endswith("num_batches_tracked")
+    ]
+    return shapes + missing + [f"{name} is unexpected" for name in other if name not in own]
+
+
+def another_model(path: str | os.PathLike, found: list[str]) -> ValueError:
+    """The error for a file whose `differences` from a model are no option."""
+    rest = len(found) - _SHOWN
+    shown = found[:_SHOWN] + ([f"and {rest} more"] if rest > 0 else [])
+    return ValueError(f"{path} holds another model: " + "; ".join(shown))
 
 
 def save_checkpoint(model: nn.Module, path: str | os.PathLike) -> None:
@@ -213,17 +240,3 @@ def _unwrap(content: Any, path: str | os.PathLike) -> dict[str, Tensor]:
     if strangers:
         raise ValueError(f"{path} holds no state dict: {', '.join(strangers[:_SHOWN])} are no tensors")
     return {name.removeprefix("module."): value for name, value in content.items()}
-
-
-def _differences(own: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> list[str]:
-    """Shape mismatches, then what is missing, then what the model does not have."""
-    shapes = [
-        f"{name} must be {list(own[name].shape)}, got {list(other[name].shape)}"
-        for name in own
-        if name in other and own[name].shape != other[name].shape
-    ]
-    # A count of batches, which only a BatchNorm without momentum reads; hand-made files leave it out.
-    missing = [
-        f"{name} is missing" for name in own if name not in other and not name.endswith("num_batches_tracked")
-    ]
-    return shapes + missing + [f"{name} is unexpected" for name in other if name not in own]
