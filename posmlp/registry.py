@@ -61,17 +61,16 @@ def create_model(name: str, checkpoint_path: str | os.PathLike | None = None, **
     Raises: `ValueError` for an unknown name or for a checkpoint that does not fit, `TypeError` for an unknown
     override; both list what exists.
     """
-    if name not in CONFIGS:
-        raise ValueError(f"unknown model {name!r}; {_suggest(name, list_models())}")
+    cfg = default_cfg(name)
     options = list(inspect.signature(PosMLP).parameters)
     for option in overrides:
         if option not in options:
             raise TypeError(f"{name} has no option {option!r}; {_suggest(option, options)}")
     config = CONFIGS[name] | overrides
     model = PosMLP(**config)
-    model.default_cfg = model.pretrained_cfg = default_cfg(name) | {
+    model.default_cfg = model.pretrained_cfg = cfg | {
         "num_classes": model.num_classes,
-        "input_size": (model.in_chans, *default_cfg(name)["input_size"][1:]),
+        "input_size": (model.in_chans, *cfg["input_size"][1:]),
     }
     if checkpoint_path is not None:
         from .weights import load_checkpoint
@@ -81,7 +80,12 @@ def create_model(name: str, checkpoint_path: str | os.PathLike | None = None, **
 
 
 def default_cfg(name: str) -> dict[str, Any]:
-    """How images reach a named model, in timm's terms: their size, ImageNet's mean and deviation."""
+    """How images reach a named model, in timm's terms: their size, ImageNet's mean and deviation.
+
+    Raises: `ValueError` for an unknown name, which lists what exists.
+    """
+    if name not in CONFIGS:
+        raise ValueError(f"unknown model {name!r}; {_suggest(name, list_models())}")
     config = CONFIGS[name]
     size = config.get("img_size", 224)
     return {

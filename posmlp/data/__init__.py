@@ -6,7 +6,7 @@ batch them. What is not installed everywhere (Pillow, scikit-learn, timm) is imp
 
 from .digits import Images, load_digits
 from .extras import optional
-from .images import IMAGE_ENDINGS, find_images, open_picture, prepare, read_image, write_image
+from .images import IMAGE_ENDINGS, find_images, normalise, open_picture, prepare, read_image, write_image
 from .loader import EvaluationLoader, TrainingLoader
 from .samples import Batch
 from .sources import Source, open_all, open_data
@@ -22,6 +22,7 @@ __all__ = [
     "evaluation_transform",
     "find_images",
     "load_digits",
+    "normalise",
     "open_all",
     "open_data",
     "open_picture",

@@ -76,7 +76,11 @@ def prepare(picture: Image, card: ModelCard) -> Tensor:
     picture = picture.crop((left, top, left + card.side, top + card.side))
 
     data = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-    pixels = data.view(card.side, card.side, -1).permute(2, 0, 1).float() / 255
+    return normalise(data.view(card.side, card.side, -1).permute(2, 0, 1).float() / 255, card)
+
+
+def normalise(pixels: Tensor, card: ModelCard) -> Tensor:
+    """`[*, in_chans, H, W]`, values in [0, 1] -> with the mean and deviation that a model expects."""
     mean, std = (torch.tensor(value).view(-1, 1, 1) for value in (card.mean, card.std))
     return (pixels - mean) / std
 

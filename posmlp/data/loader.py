@@ -52,7 +52,7 @@ class TrainingLoader:
         pin_memory: bool = False,
     ) -> None:
         count, per_update = len(source.labels), batch * world * accumulate
-        self.updates = count // per_update
+        self.updates, self.images_per_update = count // per_update, per_update
         if not self.updates:
             raise ValueError(
                 f"an update of {batch} images x {world} processes x {accumulate} accumulated is more than "

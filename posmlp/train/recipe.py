@@ -17,7 +17,8 @@ def _option(default: Any, text: str, **limits: Any) -> Any:
 class Recipe:
     """How a model is trained; the defaults are those of PosMLP-T on ImageNet-1k.
 
-    Every field is an option of `posmlp train`, by whose help they are documented. Raises: `ValueError` for a value out of its limits.
+    Every field is an option of `posmlp train`, whose help says what it is.
+    Raises: `ValueError` for a value out of its limits.
     """
 
     epochs: int = _option(300, "of the cosine, warm-up included", least=1)

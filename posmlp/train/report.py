@@ -33,7 +33,7 @@ class Report:
         """A bar over all updates, while the block runs."""
         rich = optional("rich.progress", "train")
         columns = ("{task.description}", rich.BarColumn(), "{task.fields[state]}", rich.TimeRemainingColumn())
-        with rich.Progress(*columns, console=self.console, disable=self.console.quiet) as self._bar:
+        with rich.Progress(*columns, console=self.console, disable=not self.console.is_terminal) as self._bar:
             self._epochs, self._updates = epochs, updates
             self._task = self._bar.add_task("training", total=epochs * updates, state="")
             try:

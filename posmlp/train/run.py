@@ -73,7 +73,7 @@ def _train(settings: Settings, resume: bool, shown: bool, world: World) -> list[
     if state is not None:
         trainer.resume(state)
     if world.is_first:
-        if not resume:
+        if state is None:
             folder.clear()
             folder.write_weights("initial", model, card)
         folder.write_settings(settings)

@@ -7,9 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-for _package in ("timm", "torchvision", "tensorboard", "rich", "safetensors"):
-    pytest.importorskip(_package, reason="training needs the extra of its name")
-
 from posmlp.data import write_image
 from posmlp.train.recipe import RECIPES, Settings
 
@@ -18,7 +15,7 @@ CLASSES = ("dark", "light")
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory) -> Path:
-    """`train/` and `val/` with two classes, noise about two greys: 2 x 20 and 2 x 7 images of 20 x 16 pixels."""
+    """Two classes, noise about two greys: 2 x 20 images of 20 x 16 pixels in `train/`, 2 x 7 in `val/`."""
     root, generator = tmp_path_factory.mktemp("images"), torch.Generator().manual_seed(0)
     for part, count in (("train", 20), ("val", 7)):
         for level, name in zip((0.3, 0.7), CLASSES, strict=True):
@@ -33,6 +30,8 @@ def images(tmp_path_factory) -> Path:
 @pytest.fixture
 def settings(images, tmp_path) -> Settings:
     """Four epochs of five updates of 8 images, with everything random that a recipe has."""
+    for package in ("timm", "torchvision", "tensorboard", "rich", "safetensors"):
+        pytest.importorskip(package, reason="needs the train extra")
     recipe = RECIPES["digits"].changed(
         epochs=4, batch_size=8, auto_augment="rand-m6-n3-mstd1", hflip=0.5, mixup=0.5, cutmix=1.0, drop=0.1
     )

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from posmlp.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
+load_file = pytest.importorskip("safetensors.torch", reason="needs the train extra").load_file
 PLAIN = (
-    "--drop", "0", "--drop-path", "0", "--mixup", "0", "--cutmix", "0", "--precision", "float32", "--threads", "1",
-    "--epochs", "2", "--ema", "0.9", "--lr", "1e-3", "--lr-batch", "8", "--workers", "0",
+    "--drop", "0", "--drop-path", "0", "--mixup", "0", "--cutmix", "0", "--precision", "float32",
+    "--threads", "1", "--epochs", "2", "--ema", "0.9", "--lr", "1e-3", "--lr-batch", "8", "--workers", "0",
 )  # fmt: skip
 
 
@@ -46,6 +46,8 @@ def test_two_processes_train_as_one_with_the_doubled_batch(images, tmp_path, mod
     for name in ("last", "ema"):
         alone, together = (load_file(Path(out) / f"{name}.safetensors") for out in (one, two))
         for key, value in alone.items():
+            if key.startswith("stem.conv") and key.endswith("bias"):
+                continue  # batch norm takes it out again: its gradient is nothing but rounding
             moved = (value.double() - start[key].double()).norm()
             apart = (value.double() - together[key].double()).norm()
             assert apart <= 2e-3 * moved + 1e-6, f"{name} {key}: {apart:.2g} apart after a way of {moved:.2g}"
@@ -56,7 +58,18 @@ def test_two_processes_train_as_one_with_the_doubled_batch(images, tmp_path, mod
 def test_two_processes_evaluate_every_image_once(images, tmp_path):
     """14 images in batches of 4 by two processes: 7 each, no padding that would count twice."""
     out = str(tmp_path / "run")
-    train = ["train", str(images), "--model", "posmlp_nano", "--img-size", "16", "--windows", "4", "2", *PLAIN]
+    train = [
+        "train",
+        str(images),
+        "--model",
+        "posmlp_nano",
+        "--img-size",
+        "16",
+        "--windows",
+        "4",
+        "2",
+        *PLAIN,
+    ]
     assert main([*train, "--batch-size", "8", "--out", out]) == 0
     weights = str(Path(out) / "best.safetensors")
     command = ["eval", str(images), "--weights", weights, "--batch-size", "4"]

@@ -23,7 +23,13 @@ def test_the_imagenet_recipe():
     assert (tiny.epochs, tiny.cooldown_epochs, tiny.warmup_epochs) == (300, 10, 10)
     assert (tiny.lr, tiny.lr_batch, tiny.warmup_lr, tiny.min_lr) == (2e-3, 4 * 128, 1e-5, 1e-6)
     assert (tiny.eps, tiny.weight_decay, tiny.clip_grad) == (1e-5, 0.067, 1.0)
-    assert (tiny.drop, tiny.drop_path, tiny.mixup, tiny.cutmix, tiny.smoothing) == (0.0233, 0.1, 0.5, 1.0, 0.1)
+    assert (tiny.drop, tiny.drop_path, tiny.mixup, tiny.cutmix, tiny.smoothing) == (
+        0.0233,
+        0.1,
+        0.5,
+        1.0,
+        0.1,
+    )
     assert (tiny.auto_augment, tiny.ema, tiny.crop) == ("rand-m6-n3-mstd1", 0.99992, 0.9)
     assert tiny.precision == "bfloat16"
     assert (small.lr, small.batch_size) == (1e-3, 60)
@@ -35,7 +41,9 @@ def test_the_imagenet_recipe():
 
 def test_every_field_is_an_option(tmp_path):
     values = {
-        int: lambda v: v + 2, float: lambda v: v / 2, str: lambda v: "rand-m1" if v.startswith("rand") else "float32"
+        int: lambda v: v + 2,
+        float: lambda v: v / 2,
+        str: lambda v: "rand-m1" if v.startswith("rand") else "float32",
     }  # fmt: skip
     for field in dataclasses.fields(Recipe):
         default = field.default
@@ -45,7 +53,9 @@ def test_every_field_is_an_option(tmp_path):
             new = values[type(default)](default)
             text = [str(new)]
         out = tmp_path / field.name
-        settings = resolve(given("folder", "--out", str(out), f"--{field.name.replace('_', '-')}", *text), None, False)
+        settings = resolve(
+            given("folder", "--out", str(out), f"--{field.name.replace('_', '-')}", *text), None, False
+        )
         assert getattr(settings.recipe, field.name) == new
         assert settings.recipe == Recipe().changed(**{field.name: new})
 

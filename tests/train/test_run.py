@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from posmlp import files
 from posmlp.cli import main
@@ -25,6 +24,7 @@ from posmlp.train.run import train
 from posmlp.train.trainer import StoppedError
 
 ROOT = Path(__file__).resolve().parents[2]
+load_file = pytest.importorskip("safetensors.torch", reason="needs the train extra").load_file
 WEIGHTS = ("last", "ema", "best", "initial")
 
 
@@ -137,7 +137,18 @@ def test_a_request_to_stop_saves_first(settings, straight, monkeypatch, number):
 
 
 def command(settings: Settings, *more: str) -> list[str]:
-    recipe = ("--epochs", "6", "--batch-size", "8", "--precision", "float32", "--ema", "0.9", "--lr-batch", "8")
+    recipe = (
+        "--epochs",
+        "6",
+        "--batch-size",
+        "8",
+        "--precision",
+        "float32",
+        "--ema",
+        "0.9",
+        "--lr-batch",
+        "8",
+    )
     return [
         "train", settings.data, "--model", "posmlp_nano", "--img-size", "16", "--windows", "4", "2",
         "--out", settings.out, "--threads", "1", *recipe, *more,
