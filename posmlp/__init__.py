@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .cost import complexity
     from .model import PosMLP
     from .registry import create_model, list_models
+    from .transfer import transfer_weights
     from .weights import from_original, load_checkpoint, save_checkpoint
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "list_models",
     "load_checkpoint",
     "save_checkpoint",
+    "transfer_weights",
 ]
 
 _HOMES = {
@@ -32,6 +34,7 @@ _HOMES = {
     "from_original": "weights",
     "load_checkpoint": "weights",
     "save_checkpoint": "weights",
+    "transfer_weights": "transfer",
 }
 
 

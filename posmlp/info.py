@@ -12,6 +12,8 @@ from .cost import Cost, complexity, total
 from .model import PosMLP
 from .predict import find_device
 from .registry import create_model, default_cfg, list_models
+from .tables import aligned, by, short
+from .window_choices import describe_choices
 
 
 def run(
@@ -32,7 +34,7 @@ def models() -> str:
     """A line per model: its name and parameters."""
     with torch.device("meta"):
         counts = {name: _parameters(create_model(name)) for name in list_models()}
-    return _table([("model", "parameters"), *((name, _short(count)) for name, count in counts.items())])
+    return aligned([("model", "parameters"), *((name, short(count)) for name, count in counts.items())])
 
 
 def describe(
@@ -42,18 +44,25 @@ def describe(
     windows: Sequence[int] | None = None,
     device: str | None = None,
 ) -> str:
-    """Parameters, MACs and shapes by part, and each level's gate with its back end."""
+    """Parameters, MACs and shapes by part, and each level's gate with its back end.
+
+    Where the size or the windows are not the model's own, also what other windows would cost.
+    """
     options = {} if windows is None else {"windows": windows[0] if len(windows) == 1 else tuple(windows)}
     place = find_device(device)
     with torch.device("meta"):
         model = create_model(name, **options)
-    size = size or default_cfg(name)["input_size"][-1]
+    own_size = default_cfg(name)["input_size"][-1]
+    size = size or own_size
     costs = complexity(model, size)
     parts = [("part", "parameters", "MACs", "output [B, C, H, W]")]
     parts += [_row(cost, batch) for cost in [*costs, total(costs)]]
     lines = [f"{name}, {batch} x {model.in_chans} x {size} x {size}; MACs are of one image", ""]
-    lines += [_table(parts), "", "gates", ""]
-    return "\n".join([*lines, _gates(model, costs, batch, place)])
+    lines += [aligned(parts), ""]
+    if windows is not None or size != own_size:
+        asked = None if windows is None else [level.blocks[0].gate.window for level in model.levels]
+        lines += [describe_choices(name, size, asked), ""]
+    return "\n".join([*lines, "gates", "", _gates(model, costs, batch, place)])
 
 
 def _gates(model: PosMLP, costs: Sequence[Cost], batch: int, place: torch.device) -> str:
@@ -63,13 +72,12 @@ def _gates(model: PosMLP, costs: Sequence[Cost], batch: int, place: torch.device
     levels = [cost for cost in costs if cost.name.startswith("levels.")]
     for number, (level, cost) in enumerate(zip(model.levels, levels, strict=True)):
         gate, sides = level.blocks[0].gate, cost.shape[1:]
-        window = "x".join(map(str, gate.window))
         shapes.append(
-            (str(number), str(len(level.blocks)), "x".join(map(str, sides)), window, str(gate.groups),
+            (str(number), str(len(level.blocks)), by(sides), by(gate.window), str(gate.groups),
              str(gate.dim // 2), gate.encoding)
         )  # fmt: skip
         answers.setdefault(_explain(gate, batch, sides, place), []).append(str(number))
-    lines = [_table(shapes)]
+    lines = [aligned(shapes)]
     for answer, numbers in answers.items():
         lines += ["", f"back ends of level{'s' if len(numbers) > 1 else ''} {', '.join(numbers)}", answer]
     return "\n".join(lines)
@@ -78,37 +86,13 @@ def _gates(model: PosMLP, costs: Sequence[Cost], batch: int, place: torch.device
 def _explain(gate: PosSGU, batch: int, sides: Sequence[int], place: torch.device) -> str:
     gate = gate.to_empty(device=place)  # no values are read
     x = torch.empty(gate.dim, device=place).expand(batch, *sides, gate.dim)
-    return explain(
-        x,
-        gate.relative_table(),
-        gate.bias,
-        window=gate.window,
-        softmax=gate.softmax,
-        matrix=gate.matrix,
-        shift=gate.shift,
-        activation=gate.activation,
-        norm=None if gate.norm is None else (gate.norm.weight, gate.norm.bias, gate.norm.eps),
-    )
+    return explain(x, **gate.gate_arguments())
 
 
 def _row(cost: Cost, batch: int) -> tuple[str, ...]:
     shape = [batch, *cost.shape]
-    return cost.name, _short(cost.parameters), _short(cost.macs), str(shape)
-
-
-def _short(count: int) -> str:
-    return f"{count / 1e9:.2f} G" if count >= 1e9 else f"{count / 1e6:.2f} M"
+    return cost.name, short(cost.parameters), short(cost.macs), str(shape)
 
 
 def _parameters(model: PosMLP) -> int:
     return sum(p.numel() for p in model.parameters())
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    """Aligned columns, the first to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for first, *others in rows:
-        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        lines.append("  ".join([first.ljust(widths[0]), *cells]))
-    return "\n".join(lines)

@@ -134,19 +134,22 @@ class PosSGU(nn.Module):
             raise ValueError(
                 f"x as tokens must be [B, {math.prod(self.window)}, {self.dim}], got {list(x.shape)}"
             )
-        z = pos_gate(
-            x.unflatten(1, self.window) if tokens_only else x,
-            self.relative_table(),
-            self.bias,
-            window=self.window,
-            softmax=self.softmax,
-            matrix=self.matrix,
-            shift=self.shift,
-            activation=self.activation,
-            norm=None if self.norm is None else (self.norm.weight, self.norm.bias, self.norm.eps),
-            backend=self.backend,
-        )
+        z = pos_gate(x.unflatten(1, self.window) if tokens_only else x, **self.gate_arguments())
         return z.flatten(1, -2) if tokens_only else z
+
+    def gate_arguments(self) -> dict[str, Any]:
+        """What `pos_gate` and `explain` take besides `x`, by name."""
+        return {
+            "table": self.relative_table(),
+            "bias": self.bias,
+            "window": self.window,
+            "softmax": self.softmax,
+            "matrix": self.matrix,
+            "shift": self.shift,
+            "activation": self.activation,
+            "norm": None if self.norm is None else (self.norm.weight, self.norm.bias, self.norm.eps),
+            "backend": self.backend,
+        }
 
     def train(self, mode: bool = True) -> PosSGU:
         self._cache.clear()

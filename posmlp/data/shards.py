@@ -24,7 +24,7 @@ from .names import Names
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_MOST_SHARDS = 1_000_000
+_MOST_SHARDS = _MOST_CLASSES = 1_000_000
 
 
 class Shards:
@@ -121,12 +121,23 @@ def _class_names(shard: Path, labels: np.ndarray) -> tuple[str, ...]:
     count = int(labels.max(initial=-1)) + 1
     for path in (shard.parent / "classes.txt", shard.parent.parent / "classes.txt"):
         if path.is_file():
-            names = tuple(path.read_text(encoding="utf-8").split("\n"))
-            names = tuple(name.strip() for name in names if name.strip())
+            names = _lines(path)
             if count > len(names):
                 raise ValueError(f"{path} has {len(names)} classes, but images have class {count - 1}")
             return names
+    if count > _MOST_CLASSES:
+        raise ValueError(
+            f"{shard} and others have class {count - 1}; expected at most {_MOST_CLASSES} classes"
+        )
     return tuple(str(label) for label in range(count))
+
+
+def _lines(path: Path) -> tuple[str, ...]:
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be text in UTF-8") from error
+    return tuple(line.strip() for line in lines if line.strip())
 
 
 def find_shards(pattern: str) -> list[str]:
@@ -134,16 +145,16 @@ def find_shards(pattern: str) -> list[str]:
 
     Raises: `FileNotFoundError` for a missing shard, `ValueError` for a file that is no `.tar`.
     """
-    found: dict[str, None] = {}  # a file may be named twice
+    found: set[str] = set()  # a pattern may name a file twice
     for path in [pattern] if os.path.exists(pattern) else _expand_braces(pattern):
         matches = sorted(glob.glob(path)) if glob.has_magic(path) and not os.path.exists(path) else [path]
-        if not matches or not os.path.isfile(matches[0]):
-            raise FileNotFoundError(f"no folder, shard or pattern of shards: {path}")
-        found |= dict.fromkeys(matches)
-    strangers = [path for path in found if not path.endswith(".tar")]
+        if not matches or not all(map(os.path.isfile, matches)):
+            raise FileNotFoundError(f"no folder or shard at {path}")
+        found.update(matches)
+    strangers = [path for path in sorted(found) if not path.endswith(".tar")]
     if strangers:
         raise ValueError(f"expected a folder or .tar shards, got the file {strangers[0]}")
-    return list(found)
+    return sorted(found)
 
 
 def _expand_braces(pattern: str) -> list[str]:

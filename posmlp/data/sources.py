@@ -74,6 +74,8 @@ def open_data(data: str, val_split: float | None = None, seed: int = 0) -> tuple
     Raises: `ValueError` and `OSError`, in a line, for whatever is missing, empty, damaged or contradictory.
         Only whether each image can be read shows when it is opened.
     """
+    if val_split is not None and not 0 < val_split < 1:
+        raise ValueError(f"the share held out for validation must be between 0 and 1, got {val_split}")
     parts = _parts(data)
     if len(parts) == 1:
         return _split(parts[0](), VAL_SPLIT if val_split is None else val_split, seed, data)
@@ -110,26 +112,28 @@ def _parts(data: str) -> list[Callable[[], Source]]:
 def _part_folders(folder: Path) -> list[Path]:
     """The folders of the training and the validation part, or none.
 
-    A part holds folders or shards; a folder of images that happens to be called `train` is a class.
+    One alone, without folders or shards of its own, is a class that happens to be called `train`.
     """
-    found = []
-    for names in _PARTS:
-        here = [name for name in subfolders(folder) if name in names and _is_part(folder / name)]
-        if len(here) > 1:
-            raise ValueError(f"{folder} has both {' and '.join(here)}")
-        found += [folder / name for name in here]
-    if len(found) == 1:
-        missing = "val" if found[0].name == "train" else "train"
-        raise ValueError(f"{folder} has {found[0].name}/ but no {missing}/; to split it, give {found[0]}")
-    return found
+    train, val = ([folder / name for name in subfolders(folder) if name in names] for names in _PARTS)
+    if len(val) > 1:
+        raise ValueError(f"{folder} has both {val[0].name}/ and {val[1].name}/")
+    if train and val:
+        return train + val
+    for part in filter(_is_part, train + val):
+        missing = "val" if train else "train"
+        raise ValueError(f"{folder} has {part.name}/ but no {missing}/; to split it, give {part}")
+    return []
 
 
 def _is_part(folder: Path) -> bool:
-    return bool(subfolders(folder) or _shards_in(folder))
+    return bool(subfolders(folder)) or any(folder.glob("*.tar"))
 
 
 def _shards_in(folder: str | Path) -> list[str]:
-    return sorted(str(path) for path in Path(folder).glob("*.tar") if not path.name.startswith("."))
+    shards = sorted(str(path) for path in Path(folder).glob("*.tar") if not path.name.startswith("."))
+    if shards and subfolders(folder):
+        raise ValueError(f"{folder} holds folders and shards; {folder}/*.tar names the shards alone")
+    return shards
 
 
 def _shard_parts(paths: list[str]) -> list[Callable[[], Source]]:
@@ -145,9 +149,7 @@ def _shard_parts(paths: list[str]) -> list[Callable[[], Source]]:
 
 
 def _open_folder(folder: str) -> Source:
-    shards, folders = _shards_in(folder), subfolders(folder)
-    if shards and folders:
-        raise ValueError(f"{folder} holds folders and shards; {folder}/*.tar names the shards alone")
+    shards = _shards_in(folder)
     return _open_shards(shards) if shards else _without_empty_classes(Folders(folder), folder)
 
 
@@ -180,8 +182,6 @@ def _check_same_classes(train: Source, val: Source, data: str) -> None:
 
 
 def _split(source: Source, share: float, seed: int, data: str) -> tuple[Source, Source]:
-    if not 0 < share < 1:
-        raise ValueError(f"the share held out for validation must be between 0 and 1, got {share}")
     single = [source.classes[label] for label in np.flatnonzero(np.bincount(source.labels) == 1)]
     if single:
         raise ValueError(f"{data}: a class needs two images to be split; {_listed(single)} has one")
