@@ -1,4 +1,4 @@
-"""The command line: `posmlp demo`, `train`, `eval`, `predict`, `info`.
+"""The command line: `posmlp demo`, `train`, `eval`, `predict`, `visualize`, `info`.
 
 Torch is imported by the subcommands, not here, so that help and mistakes answer at once.
 """
@@ -61,6 +61,7 @@ def build_parser() -> Parser:
     _add_eval(commands)
     _add_predict(commands)
     _add_info(commands)
+    _add_visualize(commands)
     return parser
 
 
@@ -156,6 +157,45 @@ def _add_info(commands: argparse._SubParsersAction) -> None:
     info.set_defaults(run=_info)
 
 
+def _add_visualize(commands: argparse._SubParsersAction) -> None:
+    visualize = commands.add_parser(
+        "visualize",
+        help="draw what a model's gates have learned",
+        description="Draw what the gates of a file of weights have learned: patterns of a query token, all "
+        "groups of a level, bias maps, how far the gates reach, and for an image what they do to it. Writes "
+        "a PNG each, and index.html, which holds all of them.",
+    )
+    visualize.add_argument(
+        "--weights", required=True, metavar="FILE", help="a checkpoint of ours or of the original's code"
+    )
+    visualize.add_argument("--before", metavar="FILE", help="other weights of the model, to compare with")
+    visualize.add_argument(
+        "--out", default="pictures", metavar="FOLDER", help="where to write (default: %(default)s)"
+    )
+    visualize.add_argument(
+        "--model",
+        metavar="NAME",
+        help="the weights' model, e.g. posmlp_tiny (default: as the .json file beside the weights says)",
+    )
+    visualize.add_argument(
+        "--levels", type=_natural, nargs="+", metavar="N", help="to show, counted from 0 (default: all)"
+    )
+    visualize.add_argument(
+        "--groups", type=_positive, default=8, metavar="N", help="at most, of patterns (default: %(default)s)"
+    )
+    visualize.add_argument(
+        "--query", type=_natural, nargs=2, metavar=("ROW", "COL"),
+        help="the token of a window whose patterns are shown, counted from 0 (default: the middle)",
+    )  # fmt: skip
+    visualize.add_argument(
+        "--image", nargs="+", default=(), metavar="FILE", help="images to show the gates' effect on"
+    )
+    visualize.add_argument(
+        "--device", metavar="NAME", help="cpu, cuda, cuda:1 ... (default: a GPU if there is)"
+    )
+    visualize.set_defaults(run=_visualize)
+
+
 def _demo(**arguments: object) -> int:
     from .demo import run
 
@@ -180,6 +220,12 @@ def _info(**arguments: object) -> int:
 
     run(**arguments)
     return 0
+
+
+def _visualize(**arguments: object) -> int:
+    from .visualize import run
+
+    return run(**arguments)
 
 
 def _positive(text: str) -> int:

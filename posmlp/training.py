@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .data import Images
+from .visualize.views import History
 
 
 @dataclass(frozen=True)
@@ -42,15 +43,6 @@ class Recipe:
     mean: float = 0.5
     std: float = 0.5
     seed: int = 0
-
-
-@dataclass
-class History:
-    """A value per epoch."""
-
-    train_loss: list[float] = field(default_factory=list)
-    test_loss: list[float] = field(default_factory=list)
-    test_accuracy: list[float] = field(default_factory=list)
 
 
 def fit(
