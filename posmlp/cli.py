@@ -165,17 +165,10 @@ def _add_visualize(commands: argparse._SubParsersAction) -> None:
         "groups of a level, bias maps, how far the gates reach, and for an image what they do to it. Writes "
         "a PNG each, and index.html, which holds all of them.",
     )
-    visualize.add_argument(
-        "--weights", required=True, metavar="FILE", help="a checkpoint of ours or of the original's code"
-    )
+    _add_weights(visualize)
     visualize.add_argument("--before", metavar="FILE", help="other weights of the model, to compare with")
     visualize.add_argument(
         "--out", default="pictures", metavar="FOLDER", help="where to write (default: %(default)s)"
-    )
-    visualize.add_argument(
-        "--model",
-        metavar="NAME",
-        help="the weights' model, e.g. posmlp_tiny (default: as the .json file beside the weights says)",
     )
     visualize.add_argument(
         "--levels", type=_natural, nargs="+", metavar="N", help="to show, counted from 0 (default: all)"

@@ -96,7 +96,7 @@ RECIPES = {
     "digits": Recipe(
         epochs=20, warmup_epochs=2, cooldown_epochs=0, batch_size=64, lr=4e-3, lr_batch=64, warmup_lr=1e-3,
         min_lr=0.0, position_lr=10.0, weight_decay=0.05, drop=0.0, drop_path=0.05, auto_augment="",
-        scale=(0.7, 1.0), ratio=(0.85, 1.18), hflip=0.0, mixup=0.0, cutmix=0.0, smoothing=0.05, ema=0.98,
+        scale=(0.7, 1.0), ratio=(0.85, 1.18), hflip=0.0, mixup=0.0, cutmix=0.0, smoothing=0.05, ema=0.9,
         crop=1.0, precision="float32",
     ),
 }  # fmt: skip

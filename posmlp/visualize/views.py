@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -170,8 +171,16 @@ class Predictions:
 
 @dataclass
 class History:
-    """A training's course, a value per epoch."""
+    """A training's course, a value per epoch; accuracies are shares."""
 
     train_loss: list[float] = field(default_factory=list)
     test_loss: list[float] = field(default_factory=list)
     test_accuracy: list[float] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, rows: Sequence[Mapping[str, float]]) -> History:
+        """From the log of a run, as it goes for the averaged weights, if there are any."""
+        kind = "ema" if "ema_top1" in rows[0] else "val"
+        columns = ("train_loss", f"{kind}_loss", f"{kind}_top1")
+        train, test, accuracy = ([row[name] for row in rows] for name in columns)
+        return cls(train, test, [percent / 100 for percent in accuracy])

@@ -219,22 +219,6 @@ def test_the_digits_are_split_once_and_evenly():
     torch.testing.assert_close(load_digits()[1].pixels, test.pixels, rtol=0, atol=0)
 
 
-def test_training_repeats_itself():
-    pytest.importorskip("sklearn", reason="needs the demo extra")
-    from posmlp.data import Images, load_digits
-    from posmlp.training import Recipe, fit
-
-    train, test = (Images(part.pixels[:128], part.labels[:128]) for part in load_digits())
-
-    def weights() -> list[torch.Tensor]:
-        torch.manual_seed(3)
-        model = create_model("posmlp_nano", in_chans=1, drop_path_rate=0.1)
-        fit(model, train, test, Recipe(epochs=1, seed=3))
-        return list(model.parameters())
-
-    assert all(torch.equal(a, b) for a, b in zip(weights(), weights(), strict=True))
-
-
 def test_demo_writes_what_predict_reads(tmp_path, capsys):
     for package in ("sklearn", "matplotlib", "PIL", "rich"):
         pytest.importorskip(package, reason="needs the demo extra")
@@ -253,7 +237,7 @@ def test_demo_learns_the_digits(tmp_path):
     pytest.importorskip("sklearn", reason="needs the demo extra")
     from posmlp.demo import run
 
-    assert run(out=str(tmp_path)) >= 0.97
+    assert run(out=str(tmp_path)) >= 0.985
 
 
 @pytest.mark.parametrize(
