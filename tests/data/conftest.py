@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
-from pictures import picture, samples
+from data_support import picture, samples
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import io
 import os
 
 import pytest
-from pictures import picture, samples
+from data_support import picture, samples
 
 from posmlp.data import open_all, open_data
 from posmlp.data.shards import find_shards

@@ -1,11 +1,20 @@
-"""Image files of noise, and the members of shards."""
+"""Image files of noise, the members of shards, and a recipe and a card for small images."""
 
 from __future__ import annotations
 
 import io
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+
+from posmlp.card import ModelCard
+
+RECIPE = SimpleNamespace(
+    auto_augment="rand-m6-n3-mstd1", hflip=0.5, color_jitter=0.0, reprob=0.3,
+    scale=(0.3, 1.0), ratio=(0.8, 1.2),
+)  # fmt: skip
+CARD = ModelCard("posmlp_nano", side=16)
 
 
 def samples(name: str, labels: list[int]) -> dict[str, bytes]:
