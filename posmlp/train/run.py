@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -170,7 +171,7 @@ def run(options: Mapping[str, Any], recipe: str | None, resume: bool) -> int:
     try:
         train(settings, resume)
     except StoppedError as stop:
-        print(f"stopped; `posmlp train --resume --out {settings.out}` goes on")
+        print(f"stopped; `posmlp train --resume --out {shlex.quote(settings.out)}` goes on")
         return 128 + int(stop.args[0])
     return 0
 
