@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -75,6 +78,39 @@ def test_it_learns(settings):
     rows = train(dataclasses.replace(settings, recipe=plain), shown=False)
     assert rows[-1]["val_top1"] == 100 and rows[-1]["train_loss"] < 0.5 < rows[0]["train_loss"]
     assert "ema_top1" not in rows[0] and not RunFolder(settings.out).weights("ema").exists()
+
+
+def test_a_corrupt_image_is_named_skipped_and_counted(settings, tmp_path, capsys):
+    data = tmp_path / "images"
+    shutil.copytree(settings.data, data)
+    for part in ("train", "val"):
+        whole = (data / part / "dark" / "03.png").read_bytes()
+        (data / part / "dark" / "03.png").write_bytes(whole[: len(whole) // 2])
+    rows = train(dataclasses.replace(settings, data=str(data)))
+    shown = capsys.readouterr().out
+    for part in ("train", "val"):
+        assert shown.replace("\n", "").count(str(data / part / "dark" / "03.png")) == 1, (
+            "named, and only once"
+        )
+    assert [row["broken"] for row in rows] == [1, 1, 1, 1]
+    assert rows[-1]["val_top1"] * 13 / 100 == pytest.approx(round(rows[-1]["val_top1"] * 13 / 100))
+
+
+def test_shards_train_as_the_same_images_in_folders(settings, straight, tmp_path):
+    """WebDataset shards in the order of the folders: the same bits."""
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for part in ("train", "val"):
+        with tarfile.open(shards / f"{part}-000.tar", "w") as tar:
+            for label, name in enumerate(("dark", "light")):
+                for path in sorted((Path(settings.data) / part / name).iterdir()):
+                    key = f"{name}{path.stem}"
+                    tar.add(path, f"{key}.png")
+                    info = tarfile.TarInfo(f"{key}.cls")
+                    info.size = 1
+                    tar.addfile(info, io.BytesIO(str(label).encode()))
+    train(dataclasses.replace(settings, data=str(shards)), shown=False)
+    assert_same_bits(outcome(settings.out), straight)
 
 
 @pytest.mark.parametrize("at", range(0, 24, 3))
