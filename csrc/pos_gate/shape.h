@@ -12,10 +12,17 @@
 
 namespace posmlp {
 
-constexpr int kRank = 3;
+#ifdef __CUDACC__
+#define POSMLP_BOTH __host__ __device__  // for the kernels of csrc/pos_gate/cuda_*
+#else
+#define POSMLP_BOTH
+#endif
 
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
+constexpr int kRank = 3;
+constexpr int kMostClasses = 27;  // first, inner and last windows along each dimension
+
+POSMLP_BOTH constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+POSMLP_BOTH constexpr int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 
 enum class Activation : int64_t { none, gelu, gelu_tanh };
 
@@ -24,7 +31,7 @@ struct View {
   int64_t batch = 0;
   int64_t map[kRank] = {0, 0, 0};
 
-  int64_t offset(int64_t b, const int64_t* position) const {
+  POSMLP_BOTH int64_t offset(int64_t b, const int64_t* position) const {
     return b * batch + position[0] * map[0] + position[1] * map[1] + position[2] * map[2];
   }
 };
@@ -33,18 +40,18 @@ struct Shape {
   int64_t batch = 0, channels = 0, groups = 1;  // B, C, S
   int64_t map[kRank] = {1, 1, 1}, window[kRank] = {1, 1, 1}, shift[kRank] = {0, 0, 0};
 
-  int64_t group_channels() const { return channels / groups; }  // D
-  int64_t window_tokens() const { return window[0] * window[1] * window[2]; }  // N
-  int64_t map_tokens() const { return map[0] * map[1] * map[2]; }
-  int64_t table_size() const { return (2 * window[0] - 1) * (2 * window[1] - 1) * (2 * window[2] - 1); }
+  POSMLP_BOTH int64_t group_channels() const { return channels / groups; }  // D
+  POSMLP_BOTH int64_t window_tokens() const { return window[0] * window[1] * window[2]; }  // N
+  POSMLP_BOTH int64_t map_tokens() const { return map[0] * map[1] * map[2]; }
+  POSMLP_BOTH int64_t table_size() const { return (2 * window[0] - 1) * (2 * window[1] - 1) * (2 * window[2] - 1); }
 
   // Displacements in a relative table.
-  View table_view() const {
+  POSMLP_BOTH View table_view() const {
     return {0, {(2 * window[1] - 1) * (2 * window[2] - 1), 2 * window[2] - 1, 1}};
   }
 
   // A contiguous tensor [B, *map, width].
-  View contiguous(int64_t width) const {
+  POSMLP_BOTH View contiguous(int64_t width) const {
     return {map_tokens() * width, {map[1] * map[2] * width, map[2] * width, width}};
   }
 };
@@ -54,14 +61,33 @@ struct WindowClass {
   int64_t begin[kRank], box[kRank];     // the tokens that are present
   int64_t first[kRank], count[kRank];   // which windows, per dimension of the window grid
 
-  int64_t tokens() const { return box[0] * box[1] * box[2]; }
-  int64_t windows(int64_t batch) const { return batch * count[0] * count[1] * count[2]; }
+  POSMLP_BOTH int64_t tokens() const { return box[0] * box[1] * box[2]; }
+  POSMLP_BOTH int64_t windows(int64_t batch) const { return batch * count[0] * count[1] * count[2]; }
 
   // Where the first token of window `index` lies: its batch, and its position in the map.
-  int64_t locate(const Shape& shape, int64_t index, int64_t* position) const {
+  POSMLP_BOTH int64_t locate(const Shape& shape, int64_t index, int64_t* position) const {
     for (int d = kRank - 1; d >= 0; --d) {
       position[d] = (first[d] + index % count[d]) * shape.window[d] - shape.shift[d] + begin[d];
       index /= count[d];
+    }
+    return index;
+  }
+
+  // The place of present token `index` in the whole window, per dimension.
+  POSMLP_BOTH void place(int64_t index, int64_t* position) const {
+    for (int d = kRank - 1; d >= 0; --d) {
+      position[d] = begin[d] + index % box[d];
+      index /= box[d];
+    }
+  }
+
+  // Which of the present tokens lies at a place in the whole window, -1 if none.
+  POSMLP_BOTH int64_t index_of(const int64_t* position) const {
+    int64_t index = 0;
+    for (int d = 0; d < kRank; ++d) {
+      const int64_t inside = position[d] - begin[d];
+      if (inside < 0 || inside >= box[d]) return -1;
+      index = index * box[d] + inside;
     }
     return index;
   }
