@@ -1,0 +1,77 @@
+// How the products on tensor cores are cut for a chip: pure functions of the shape, compiled and tested as plain C++.
+#pragma once
+
+#include <algorithm>
+
+#include "cuda_tensor_outer.cuh"
+#include "cuda_tensor_product.cuh"
+
+namespace posmlp::cuda {
+
+struct Chip {
+  int architecture;        // 80, 86, 89, 90, 100, 120
+  int multiprocessors;
+  int64_t shared_bytes;    // that a block may have
+};
+
+// The widest copies that the addresses allow, up to 8 elements (16 bytes), and whether pairs can be accessed as one word.
+template <class T>
+int widest_piece(const Call<T>& call, bool backward) {
+  const auto divides = [&](int piece) {
+    const auto fits = [&](const View& view, const void* data) {
+      bool ok = view.batch % piece == 0 && reinterpret_cast<uintptr_t>(data) % (piece * sizeof(T)) == 0;
+      for (int64_t stride : view.map) ok = ok && stride % piece == 0;
+      return ok;
+    };
+    return call.shape.group_channels() % piece == 0 && fits(call.x_view, call.x) &&
+           (!backward || fits(call.dz_view, call.dz));
+  };
+  for (int piece : {8, 4, 2})
+    if (divides(piece)) return piece;
+  return 1;
+}
+
+// Blocks of as many rows as fit, for no row is read twice in one block; P is kept where it fits beside two stages.
+template <class T, Product kProduct>
+TensorPlan plan_product(const Call<T>& call, const Chip& chip, bool backward) {
+  using Kernel = TensorProductKernel<T, kProduct>;
+  constexpr int kStreamedKeys = 64;
+  const int64_t tokens = call.shape.window_tokens();
+  TensorPlan plan{};
+  plan.piece = widest_piece(call, backward);
+  plan.pairs = plan.piece > 1;
+  const int all_warps = int(divide_up(tokens, 32));
+  for (const bool keep : {true, false})
+    for (int row_blocks = int(divide_up(all_warps, kMostWarps)); row_blocks <= all_warps; ++row_blocks) {
+      // Half of the rows or fewer at a time are worth it only if P stays; else any tile will do.
+      plan.warps = int(divide_up(all_warps, row_blocks));
+      plan.row_blocks = int(divide_up(all_warps, plan.warps));
+      plan.keep = keep;
+      plan.keys = int(keep ? call.side : kStreamedKeys);
+      plan.chunks = int(divide_up(call.side, plan.keys));
+      for (plan.stages = 3; plan.stages >= 2; --plan.stages) {
+        plan.shared_bytes = Kernel::shared_bytes(call.shape, plan);
+        if (plan.shared_bytes <= chip.shared_bytes) return plan;
+      }
+      if (keep && plan.warps <= 2) break;
+    }
+  plan.shared_bytes = -1;  // no cut fits
+  return plan;
+}
+
+template <class T, int kKeyTiles>
+OuterPlan plan_outer(const Call<T>& call, const Chip& chip) {
+  using Kernel = TensorOuterKernel<T, kKeyTiles>;
+  const int64_t tokens = call.shape.window_tokens();
+  OuterPlan plan{};
+  plan.piece = widest_piece(call, true);
+  const int all_warps = int(divide_up(tokens, 16));
+  plan.row_blocks = int(divide_up(all_warps, kMostWarps));
+  plan.warps = int(divide_up(all_warps, plan.row_blocks));
+  plan.key_blocks = int(divide_up(tokens, Kernel::kKeys));
+  for (plan.stages = 3; plan.stages > 2 && Kernel::shared_bytes(call.shape, plan) > chip.shared_bytes;) --plan.stages;
+  plan.shared_bytes = Kernel::shared_bytes(call.shape, plan);
+  return plan;
+}
+
+}  // namespace posmlp::cuda

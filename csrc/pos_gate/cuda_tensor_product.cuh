@@ -1,0 +1,296 @@
+// The three products with P on tensor cores, for 16-bit types:
+//
+//     gate      Y = P X1,   z   = (Y + b) * x2
+//     rows      Y = P X1,   dx2 = dz * (Y + b) * act'(x2),  db += G,  delta += G * Y      G = dz * act(x2)
+//     columns               dx1 = P^T G * act'(x1), or the gradient of the normed X1
+//
+// A block keeps its rows of P (of P^T) in shared memory and streams panels past them: while it multiplies one, the next
+// are on their way. Each warp has 32 rows and the panel's kColumns columns, 32 sums a thread. Where P does not fit, its
+// rows come with the panels, in chunks of keys, from the second-level cache. What the epilogue needs of x and dz is
+// fetched into registers before the product, so that its latency hides behind it.
+//
+// Bytes: gate reads 2C and writes C elements a token. rows reads 3C and writes C, columns reads 2C (3C with an
+// activation) and writes C: 7C to 8C where one pass would move 5C. One pass would need P both ways beside three panels,
+// and columns could not start before all rows are through; blocks that run side by side find each other's lines in the
+// second-level cache.
+#pragma once
+
+#include "cuda_tensor_tiles.cuh"
+
+namespace posmlp::cuda {
+
+enum class Product { gate, rows, columns };
+
+template <class T>
+struct ProductArguments {
+  Call<T> call;
+  TensorPlan plan;
+};
+
+template <class T, Product kProduct>
+struct TensorProductKernel {
+  using Arguments = ProductArguments<T>;
+  static constexpr int kThreads = kMostWarps * kWarp, kRowTiles = 2, kColumnTiles = kColumns / 8;
+  static constexpr bool kTransposed = kProduct == Product::columns;
+  static constexpr int kTiles = kTransposed ? 2 : 1;  // dz and x2, or X1
+
+  static POSMLP_BOTH int64_t grid(const Call<T>& call, const TensorPlan& plan) {
+    return call.shape.groups * plan.row_blocks * call.class_count * call.splits;
+  }
+
+  // Shared memory, in bytes: P, then the stages' tiles and columns, then the offsets of tokens.
+  static POSMLP_BOTH int64_t p_stride(const TensorPlan& plan) {
+    return (kTransposed ? plan.warps * 32 : plan.keys) + kPadding;
+  }
+  static POSMLP_BOTH int64_t p_elements(const TensorPlan& plan) {
+    return (kTransposed ? plan.keys : plan.warps * 32) * p_stride(plan);
+  }
+  static POSMLP_BOTH int64_t stage_elements(const TensorPlan& plan) {
+    return kTiles * plan.keys * kTileStride + (plan.keep ? 0 : p_elements(plan));
+  }
+  static POSMLP_BOTH int64_t shared_bytes(const Shape& shape, const TensorPlan& plan) {
+    const int64_t elements = (plan.keep ? p_elements(plan) : 0) + plan.stages * stage_elements(plan);
+    return elements * 2 + plan.stages * kColumns * int64_t(sizeof(Column)) + 3 * shape.window_tokens() * 8;
+  }
+
+  static POSMLP_DEVICE void run(const Arguments& arguments, char* shared) { Block(arguments, shared).run(); }
+
+ private:
+  struct Block {
+    const Call<T>& call;
+    const TensorPlan& plan;
+    const Unit unit;
+    const Panels<T> panels;
+    const Share share;
+    const int threads, tokens, row0;  // row0: the block's first row
+    T *kept, *stages;
+    Column* columns;
+    TokenOffsets offsets;
+    float sums[kRowTiles][kColumnTiles][4];
+    float row_gradients[kRowTiles][2], row_deltas[kRowTiles][2];
+    uint32_t words[2][kRowTiles][kColumnTiles][2];  // pairs of x2 (or x1), and of dz
+
+    POSMLP_DEVICE Block(const Arguments& arguments, char* shared)
+        : call(arguments.call),
+          plan(arguments.plan),
+          unit(block_index(), call.shape, plan.row_blocks, call.class_count),
+          panels(call, unit),
+          share(plan.warps * kWarp, plan.piece),
+          threads(plan.warps * kWarp),
+          tokens(panels.tokens()),
+          row0(int(unit.row_block) * plan.warps * 32) {
+      kept = reinterpret_cast<T*>(shared);
+      stages = kept + (plan.keep ? p_elements(plan) : 0);
+      columns = reinterpret_cast<Column*>(stages + plan.stages * stage_elements(plan));
+      offsets.x = reinterpret_cast<int64_t*>(columns + plan.stages * kColumns);
+      offsets.dz = offsets.x + call.shape.window_tokens();
+      offsets.token = offsets.dz + call.shape.window_tokens();
+    }
+
+    POSMLP_DEVICE T* stage(int64_t step) const { return stages + step % plan.stages * stage_elements(plan); }
+    POSMLP_DEVICE Column* columns_of(int64_t step) const { return columns + step % plan.stages * kColumns; }
+    POSMLP_DEVICE int64_t panel(int64_t step) const { return unit.split + step / plan.chunks * call.splits; }
+    POSMLP_DEVICE int first_key(int64_t step) const { return int(step % plan.chunks) * plan.keys; }
+
+    POSMLP_DEVICE void run() {
+      for (auto& rows : {&row_gradients, &row_deltas})
+        for (auto& pair : *rows) pair[0] = pair[1] = 0;
+      offsets.fill(call.shape, call.x_view, call.dz_view, call.classes[unit.window_class], threads);
+      sync_threads();
+      const int64_t mine = divide_up(panels.count() - unit.split, call.splits);  // panels; negative if none
+      const int64_t steps = (mine > 0 ? mine : 0) * plan.chunks;
+      if (plan.keep) copy_p(kept, 0);
+      for (int64_t step = 0; step < plan.stages - 1; ++step) copy(step, steps);
+      for (int64_t step = 0; step < steps; ++step) {
+        plan.stages == 2 ? copies_wait<0>() : copies_wait<1>();
+        finish(step);
+        sync_threads();
+        copy(step + plan.stages - 1, steps);
+        if (step % plan.chunks == 0) begin(step);
+        multiply(plan.keep ? kept : stage(step) + kTiles * plan.keys * kTileStride, stage(step));
+        if (step % plan.chunks == plan.chunks - 1) end(step);
+      }
+      copies_wait<0>();
+      if constexpr (kProduct == Product::rows) store_row_sums();
+    }
+
+    // ---- from global to shared memory ----
+
+    // The block's rows of P, keys [first, first + plan.keys), or the same of P^T.
+    POSMLP_DEVICE void copy_p(T* to, int first) const {
+      const T* p = call.mixing_of(unit.window_class, unit.group);
+      const int rows = kTransposed ? plan.keys : plan.warps * 32, pieces = (kTransposed ? plan.warps * 32 : plan.keys) / 8;
+      const int from_row = kTransposed ? first : row0, from_column = kTransposed ? row0 : first;
+      for (int i = thread_index(); i < rows * pieces; i += threads) {
+        const int row = i / pieces, column = i % pieces * 8;
+        const bool inside = from_row + row < call.side && from_column + column < call.side;
+        const T* from = p + (from_row + row) * call.side + from_column + column;
+        copy_async<16>(to + row * p_stride(plan) + column, inside ? from : p, inside);
+      }
+    }
+
+    POSMLP_DEVICE void copy(int64_t step, int64_t steps) const {
+      if (step < steps) {
+        const Column column = panels.column(panel(step), share.column);
+        if (share.first_row == 0)
+          for (int i = 0; i < plan.piece; ++i)
+            columns_of(step)[share.column + i] = i ? panels.column(panel(step), share.column + i) : column;
+        T* tile = stage(step);
+        const int first = first_key(step);
+        const Source source = kTransposed ? Source::dz : Source::x1;
+        copy_tile(tile, call, source, column, offsets, share, first, plan.keys, tokens, plan.piece);
+        if constexpr (kTransposed)
+          copy_tile(tile + plan.keys * kTileStride, call, Source::x2, column, offsets, share, first, plan.keys, tokens,
+                    plan.piece);
+        if (!plan.keep) copy_p(tile + kTiles * plan.keys * kTileStride, first);
+      }
+      copies_commit();
+    }
+
+    // What this thread has copied has arrived: make of it what the product takes.
+    POSMLP_DEVICE void finish(int64_t step) const {
+      T* tile = stage(step);
+      if constexpr (kTransposed) {
+        finish_gradients(tile, tile + plan.keys * kTileStride, call.activation, share, plan.keys, plan.piece);
+      } else if (call.norm_weight || call.activation != Activation::none) {
+        const Column column = panels.column(panel(step), share.column);
+        finish_tokens(tile, call, column, offsets, share, first_key(step), plan.keys, tokens, plan.piece);
+      }
+    }
+
+    // ---- the product ----
+
+    POSMLP_DEVICE void multiply(const T* p, const T* tile) {
+      const int warp_row = thread_index() / kWarp * 32, stride = int(p_stride(plan));
+      for (int k = 0; k < plan.keys; k += 16) {
+        uint32_t a[kRowTiles][4], b[kColumnTiles / 2][4];
+        for (int r = 0; r < kRowTiles; ++r) {
+          const int row = warp_row + 16 * r;
+          load_a<kTransposed>(a[r], p + (kTransposed ? k * stride + row : row * stride + k), stride);
+        }
+        for (int c = 0; c < kColumnTiles / 2; ++c) load_b<false>(b[c], tile + k * kTileStride + 16 * c, kTileStride);
+        for (int r = 0; r < kRowTiles; ++r)
+          for (int c = 0; c < kColumnTiles; ++c)
+            multiply_add(sums[r][c], a[r], b[c / 2][c % 2 * 2], b[c / 2][c % 2 * 2 + 1], T{});
+      }
+    }
+
+    // ---- the epilogue: of each 16 x 8 piece a thread has rows g and g + 8, columns t and t + 1 ----
+
+    POSMLP_DEVICE int row_of(int r, int half) const {
+      return row0 + thread_index() / kWarp * 32 + 16 * r + 8 * half + thread_index() % kWarp / 4;
+    }
+    POSMLP_DEVICE static int column_of(int c) { return 8 * c + thread_index() % 4 * 2; }
+
+    template <class Visit>
+    POSMLP_DEVICE void for_each_pair(const Column* at, Visit visit) {
+      for (int r = 0; r < kRowTiles; ++r)
+        for (int half = 0; half < 2; ++half) {
+          const int row = row_of(r, half);
+          if (row >= tokens) continue;
+          for (int c = 0; c < kColumnTiles; ++c) visit(r, half, row, c, at[column_of(c)], at[column_of(c) + 1]);
+        }
+    }
+
+    // Clears the sums, and fetches what `end` will need.
+    POSMLP_DEVICE void begin(int64_t step) {
+      for (auto& rows : sums)
+        for (auto& piece : rows) piece[0] = piece[1] = piece[2] = piece[3] = 0;
+      if (kTransposed && (call.activation == Activation::none || call.norm_weight)) return;
+      const T* x = call.x + (kTransposed ? 0 : call.shape.channels);
+      for_each_pair(columns_of(step), [&](int r, int half, int row, int c, const Column& one, const Column& two) {
+        words[0][r][c][half] =
+            load_pair(x + one.x + offsets.x[row] + one.channel, x + two.x + offsets.x[row] + two.channel, one, two);
+        if constexpr (kProduct == Product::rows)
+          words[1][r][c][half] = load_pair(call.dz + one.dz + offsets.dz[row] + one.channel,
+                                           call.dz + two.dz + offsets.dz[row] + two.channel, one, two);
+      });
+    }
+
+    POSMLP_DEVICE void end(int64_t step) {
+      for_each_pair(columns_of(step), [&](int r, int half, int row, int c, const Column& one, const Column& two) {
+        if (one.channel < 0) return;
+        float out[2];
+        for (int i = 0; i < 2; ++i)
+          out[i] = value(r, half, row, sums[r][c][2 * half + i], part(words[0][r][c][half], i), part(words[1][r][c][half], i),
+                         (i ? two : one).channel >= 0);
+        store(row, one, two, out);
+      });
+    }
+
+    // An output from its sum, x2 (or x1) and dz.
+    POSMLP_DEVICE float value(int r, int half, int row, float sum, float x, float dz, bool inside) {
+      if constexpr (kTransposed) {
+        return call.activation == Activation::none || call.norm_weight ? sum : sum * activation_slope(call.activation, x);
+      } else {
+        const float mixed = sum + (call.bias ? call.bias[token_index(row)] : 0.0f), gate = activate(call.activation, x);
+        if constexpr (kProduct == Product::gate) return mixed * gate;
+        if (inside) {
+          row_gradients[r][half] += dz * gate;
+          row_deltas[r][half] += dz * gate * sum;
+        }
+        return dz * mixed * activation_slope(call.activation, x);
+      }
+    }
+
+    POSMLP_DEVICE void store(int row, const Column& one, const Column& two, const float (&out)[2]) const {
+      const int64_t channels = call.shape.channels, first = one.token + offsets.token[row], second = two.token + offsets.token[row];
+      if (kTransposed && call.norm_weight) {
+        call.dx_normed[first * channels + one.channel] = out[0];
+        if (two.channel >= 0) call.dx_normed[second * channels + two.channel] = out[1];
+        return;
+      }
+      T* to = kProduct == Product::gate ? call.z : call.dx;
+      const int64_t width = kProduct == Product::gate ? channels : 2 * channels;
+      const int64_t skipped = kProduct == Product::rows ? channels : 0;
+      store_pair(to + first * width + skipped + one.channel, to + second * width + skipped + two.channel, out,
+                 two.channel >= 0);
+    }
+
+    // The place of a class's token in the whole window, where its bias is.
+    POSMLP_DEVICE int64_t token_index(int row) const {
+      int64_t position[kRank];
+      call.classes[unit.window_class].place(row, position);
+      return (position[0] * call.shape.window[1] + position[1]) * call.shape.window[2] + position[2];
+    }
+
+    // ---- pairs of 16-bit values ----
+
+    POSMLP_DEVICE static float part(uint32_t word, int i) { return to_accumulation(T{uint16_t(i ? word >> 16 : word)}); }
+
+    POSMLP_DEVICE uint32_t load_pair(const T* first, const T* second, const Column& one, const Column& two) const {
+      if (one.channel < 0) return 0;
+      if (plan.pairs) return *reinterpret_cast<const uint32_t*>(first);
+      return first->bits | (two.channel < 0 ? 0u : uint32_t(second->bits) << 16);
+    }
+
+    POSMLP_DEVICE void store_pair(T* first, T* second, const float (&out)[2], bool both) const {
+      const T one = round_to<T>(out[0]), two = round_to<T>(out[1]);
+      if (plan.pairs) {
+        *reinterpret_cast<uint32_t*>(first) = one.bits | uint32_t(two.bits) << 16;
+        return;
+      }
+      *first = one;
+      if (both) *second = two;
+    }
+
+    POSMLP_DEVICE void store_row_sums() const {
+      const int64_t n = call.shape.window_tokens();
+      const int64_t at = ((unit.window_class * call.splits + unit.split) * call.shape.groups + unit.group) * n;
+      for (int r = 0; r < kRowTiles; ++r)
+        for (int half = 0; half < 2; ++half) {
+          float gradient = row_gradients[r][half], delta = row_deltas[r][half];
+          for (int mask = 1; mask < 4; mask *= 2) {
+            gradient += shuffle_xor(gradient, mask);
+            delta += shuffle_xor(delta, mask);
+          }
+          const int row = row_of(r, half);
+          if (thread_index() % 4 || row >= n) continue;
+          if (call.dbias_parts) call.dbias_parts[at + row] = row < tokens ? gradient : 0;
+          if (call.delta) call.delta[at + row] = row < tokens ? delta : 0;
+        }
+    }
+  };
+};
+
+}  // namespace posmlp::cuda
