@@ -104,7 +104,7 @@ POSMLP_DEVICE void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t 
 
 // How every kernel is entered: `Kernel` has `Arguments`, `kThreads`, and `run`.
 template <class Kernel>
-__global__ void __launch_bounds__(Kernel::kThreads) enter(const __grid_constant__ typename Kernel::Arguments arguments) {
+__global__ void __launch_bounds__(Kernel::kThreads, 1) enter(const __grid_constant__ typename Kernel::Arguments arguments) {
   extern __shared__ __align__(128) char shared[];
   Kernel::run(arguments, shared);
 }

@@ -77,9 +77,10 @@ struct TensorOuterKernel {
       plan.stages == 2 ? copies_wait<0>() : copies_wait<1>();
       T* tile = stage(step);
       finish_gradients(tile, tile + x2_at, call.activation, share, rows(plan), plan.piece);
-      if (call.norm_weight || call.activation != Activation::none)
-        finish_tokens(tile + x1_at, call, panels.column(panel(step), share.column), offsets, share, first_key, kKeys, tokens,
-                      plan.piece);
+      if (call.norm_weight || call.activation != Activation::none) {
+        const Column column = call.norm_weight ? panels.column(panel(step), share.column) : Column{};
+        finish_tokens(tile + x1_at, call, column, offsets, share, first_key, kKeys, tokens, plan.piece);
+      }
       sync_threads();
       copy(step + plan.stages - 1);
       multiply(tile, tile + x1_at, sums);

@@ -153,7 +153,7 @@ struct TensorProductKernel {
       if constexpr (kTransposed) {
         finish_gradients(tile, tile + plan.keys * kTileStride, call.activation, share, plan.keys, plan.piece);
       } else if (call.norm_weight || call.activation != Activation::none) {
-        const Column column = panels.column(panel(step), share.column);
+        const Column column = call.norm_weight ? panels.column(panel(step), share.column) : Column{};
         finish_tokens(tile, call, column, offsets, share, first_key(step), plan.keys, tokens, plan.piece);
       }
     }
@@ -164,12 +164,16 @@ struct TensorProductKernel {
       const int warp_row = thread_index() / kWarp * 32, stride = int(p_stride(plan));
       for (int k = 0; k < plan.keys; k += 16) {
         uint32_t a[kRowTiles][4], b[kColumnTiles / 2][4];
+#pragma unroll
         for (int r = 0; r < kRowTiles; ++r) {
           const int row = warp_row + 16 * r;
           load_a<kTransposed>(a[r], p + (kTransposed ? k * stride + row : row * stride + k), stride);
         }
+#pragma unroll
         for (int c = 0; c < kColumnTiles / 2; ++c) load_b<false>(b[c], tile + k * kTileStride + 16 * c, kTileStride);
+#pragma unroll
         for (int r = 0; r < kRowTiles; ++r)
+#pragma unroll
           for (int c = 0; c < kColumnTiles; ++c)
             multiply_add(sums[r][c], a[r], b[c / 2][c % 2 * 2], b[c / 2][c % 2 * 2 + 1], T{});
       }
@@ -184,17 +188,22 @@ struct TensorProductKernel {
 
     template <class Visit>
     POSMLP_DEVICE void for_each_pair(const Column* at, Visit visit) {
+#pragma unroll
       for (int r = 0; r < kRowTiles; ++r)
+#pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int row = row_of(r, half);
           if (row >= tokens) continue;
+#pragma unroll
           for (int c = 0; c < kColumnTiles; ++c) visit(r, half, row, c, at[column_of(c)], at[column_of(c) + 1]);
         }
     }
 
     // Clears the sums, and fetches what `end` will need.
     POSMLP_DEVICE void begin(int64_t step) {
+#pragma unroll
       for (auto& rows : sums)
+#pragma unroll
         for (auto& piece : rows) piece[0] = piece[1] = piece[2] = piece[3] = 0;
       if (kTransposed && (call.activation == Activation::none || call.norm_weight)) return;
       const T* x = call.x + (kTransposed ? 0 : call.shape.channels);
@@ -211,6 +220,7 @@ struct TensorProductKernel {
       for_each_pair(columns_of(step), [&](int r, int half, int row, int c, const Column& one, const Column& two) {
         if (one.channel < 0) return;
         float out[2];
+#pragma unroll
         for (int i = 0; i < 2; ++i)
           out[i] = value(r, half, row, sums[r][c][2 * half + i], part(words[0][r][c][half], i), part(words[1][r][c][half], i),
                          (i ? two : one).channel >= 0);
@@ -277,7 +287,9 @@ struct TensorProductKernel {
     POSMLP_DEVICE void store_row_sums() const {
       const int64_t n = call.shape.window_tokens();
       const int64_t at = ((unit.window_class * call.splits + unit.split) * call.shape.groups + unit.group) * n;
+#pragma unroll
       for (int r = 0; r < kRowTiles; ++r)
+#pragma unroll
         for (int half = 0; half < 2; ++half) {
           float gradient = row_gradients[r][half], delta = row_deltas[r][half];
           for (int mask = 1; mask < 4; mask *= 2) {
