@@ -147,13 +147,14 @@ void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
 class EmulatedLauncher {
  public:
   template <class Kernel>
-  void launch(const typename Kernel::Arguments& arguments, int64_t grid, int64_t shared_bytes) {
+  void launch(const typename Kernel::Arguments& arguments, int64_t grid, int64_t shared_bytes,
+              int threads = Kernel::kThreads) {
     static_assert(Kernel::kThreads % emulator::kWarp == 0 && Kernel::kThreads <= emulator::kMostThreads);
     static_assert(sizeof(arguments) <= emulator::kMostArguments);
     const auto body = [](const void* values, char* shared) {
       Kernel::run(*static_cast<const typename Kernel::Arguments*>(values), shared);
     };
-    emulator::machine.launch(body, &arguments, Kernel::kThreads, grid, shared_bytes);
+    emulator::machine.launch(body, &arguments, threads, grid, shared_bytes);
   }
 };
 
