@@ -11,8 +11,10 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #define POSMLP_DEVICE __device__ __forceinline__
+#define POSMLP_UNROLL _Pragma("unroll")
 #else
 #define POSMLP_DEVICE inline
+#define POSMLP_UNROLL
 #endif
 
 namespace posmlp::cuda {
