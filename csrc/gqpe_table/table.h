@@ -13,6 +13,12 @@
 #include <algorithm>
 #include <cstdint>
 
+#ifdef __CUDACC__
+#define POSMLP_BOTH __host__ __device__
+#else
+#define POSMLP_BOTH
+#endif
+
 namespace posmlp::gqpe {
 
 constexpr int kRank = 3;  // maps of one and two dimensions have leading windows of 1, and zeros in c and M
@@ -22,8 +28,8 @@ struct Group {
   double center[kRank] = {}, factor[kRank][kRank] = {};
   int64_t window[kRank] = {1, 1, 1};
 
-  int64_t extent(int d) const { return 2 * window[d] - 1; }
-  double offset(int d, int64_t index) const { return double(index + 1 - window[d]) - center[d]; }
+  POSMLP_BOTH int64_t extent(int d) const { return 2 * window[d] - 1; }
+  POSMLP_BOTH double offset(int d, int64_t index) const { return double(index + 1 - window[d]) - center[d]; }
 
   // Calls visit(u, row) for every row, u at its first entry.
   template <typename Visit>
@@ -51,6 +57,19 @@ void table(const Group& g, T* out) {
       out[row * width + j] = T(-0.5 * sum);
     }
   });
+}
+
+// dc and dM from s1 and the upper triangle of s2, added to what is there.
+POSMLP_BOTH inline void add_gradients(const Group& g, const double (&s1)[kRank], const double (&s2)[kRank][kRank],
+                                      double (&dcenter)[kRank], double (&dfactor)[kRank][kRank]) {
+  for (int k = 0; k < kRank; ++k) {
+    double projected = 0;  // (M^T s1)[k]
+    for (int a = 0; a < kRank; ++a) projected += g.factor[a][k] * s1[a];
+    for (int a = 0; a < kRank; ++a) {
+      dcenter[a] += g.factor[a][k] * projected;
+      for (int b = 0; b < kRank; ++b) dfactor[a][k] -= (a < b ? s2[a][b] : s2[b][a]) * g.factor[b][k];
+    }
+  }
 }
 
 // dc and dM. The sums over rows are taken column by column, so that no sum has to be reordered to use vectors.
@@ -81,14 +100,7 @@ void table_backward(const Group& g, const T* gradient, double (&dcenter)[kRank],
       s2[2][2] += sums[0][j] * u2 * u2;
     }
   }
-  for (int k = 0; k < kRank; ++k) {
-    double projected = 0;  // (M^T s1)[k]
-    for (int a = 0; a < kRank; ++a) projected += g.factor[a][k] * s1[a];
-    for (int a = 0; a < kRank; ++a) {
-      dcenter[a] += g.factor[a][k] * projected;
-      for (int b = 0; b < kRank; ++b) dfactor[a][k] -= s2[std::min(a, b)][std::max(a, b)] * g.factor[b][k];
-    }
-  }
+  add_gradients(g, s1, s2, dcenter, dfactor);
 }
 
 }  // namespace posmlp::gqpe

@@ -46,7 +46,7 @@ struct TensorOuterKernel {
     const Unit unit(block_index(), call.shape, plan.row_blocks * plan.key_blocks, call.class_count);
     const int first_row = int(unit.row_block / plan.key_blocks) * rows(plan), first_key = int(unit.row_block % plan.key_blocks) * kKeys;
     const Panels<T> panels(call, unit);
-    const Share share(threads, plan.piece);
+    const TileShare share(threads, plan.piece);
     const int tokens = panels.tokens();
     T* stages = reinterpret_cast<T*>(shared);
     TokenOffsets offsets;

@@ -61,7 +61,7 @@ struct TensorProductKernel {
     const TensorPlan& plan;
     const Unit unit;
     const Panels<T> panels;
-    const Share share;
+    const TileShare share;
     const int threads, tokens, row0;  // row0: the block's first row
     T *kept, *stages;
     Column* columns;

@@ -101,10 +101,10 @@ POSMLP_DEVICE void copy_piece(T* to, const T* from, bool wanted, int piece) {
 }
 
 // The part of a panel's tile that this thread copies, and later activates: always the same columns, every so many rows.
-struct Share {
+struct TileShare {
   int column, first_row, row_step;
 
-  POSMLP_DEVICE Share(int threads, int piece) {
+  POSMLP_DEVICE TileShare(int threads, int piece) {
     const int per_row = kColumns / piece;
     column = thread_index() % per_row * piece;
     first_row = thread_index() / per_row;
@@ -117,7 +117,7 @@ enum class Source { x1, x2, dz };
 
 template <class T>
 POSMLP_DEVICE void copy_tile(T* tile, const Call<T>& call, Source source, const Column& column, const TokenOffsets& offsets,
-                             const Share& share, int first_token, int rows, int tokens, int piece) {
+                             const TileShare& share, int first_token, int rows, int tokens, int piece) {
   const bool is_dz = source == Source::dz;
   const T* base = is_dz ? call.dz + column.dz : call.x + column.x + (source == Source::x2 ? call.shape.channels : 0);
   const int64_t* places = is_dz ? offsets.dz : offsets.x;
@@ -132,7 +132,7 @@ POSMLP_DEVICE void copy_tile(T* tile, const Call<T>& call, Source source, const 
 // Turns this thread's share of an arrived tile of X1 into what is mixed: activated and normalised.
 template <class T>
 POSMLP_DEVICE void finish_tokens(T* tile, const Call<T>& call, const Column& column, const TokenOffsets& offsets,
-                                 const Share& share, int first_token, int rows, int tokens, int piece) {
+                                 const TileShare& share, int first_token, int rows, int tokens, int piece) {
   if (call.activation == Activation::none && !call.norm_weight) return;
   if (column.channel < 0) return;
   for (int row = share.first_row; row < rows && first_token + row < tokens; row += share.row_step) {
@@ -151,7 +151,7 @@ POSMLP_DEVICE void finish_tokens(T* tile, const Call<T>& call, const Column& col
 
 // dz * act(x2), in the place of dz.
 template <class T>
-POSMLP_DEVICE void finish_gradients(T* dz, const T* x2, Activation activation, const Share& share, int rows, int piece) {
+POSMLP_DEVICE void finish_gradients(T* dz, const T* x2, Activation activation, const TileShare& share, int rows, int piece) {
   for (int row = share.first_row; row < rows; row += share.row_step)
     for (int i = 0; i < piece; ++i) {
       const int at = row * kTileStride + share.column + i;
