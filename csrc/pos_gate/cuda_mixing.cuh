@@ -130,19 +130,20 @@ struct LogitsKernel {
   POSMLP_DEVICE static void add_class(const Arguments& call, int k, int64_t group, int64_t i, const LogitsRow<T>& logits,
                                       A* dlogits) {
     const int64_t n = call.shape.window_tokens(), groups = call.shape.groups, first = k * call.splits * groups + group;
-    const A *dmixing = call.dmixing + (first * n + i) * n, *delta = call.delta + first * n + i;
-    const int64_t row = (k * groups + group) * n + i;
-    const A maximum = call.softmax ? call.row_max[row] : A(0), inverse = call.softmax ? call.row_rinv[row] : A(0);
-    A sum = 0;
-    if (call.softmax)
-      for (int64_t s = 0; s < call.splits; ++s) sum += delta[s * groups * n];
+    const A* dmixing = call.dmixing + (first * n + i) * n;
+    A maximum = 0, inverse = 0, delta = 0;
+    if (call.softmax) {
+      maximum = call.row_max[(k * groups + group) * n + i];
+      inverse = call.row_rinv[(k * groups + group) * n + i];
+      for (int64_t s = 0; s < call.splits; ++s) delta += call.delta[(first + s * groups) * n + i];
+    }
     auto key = window_walk(call.shape, thread_index() % kLanes, kLanes);
     for (int64_t j = thread_index() % kLanes; j < n; j += kLanes, key.next()) {
       const int64_t place[kRank] = {key.at[0], key.at[1], key.at[2]}, in_class = call.classes[k].index_of(place);
       if (in_class < 0) continue;
       A dp = 0;
       for (int64_t s = 0; s < call.splits; ++s) dp += dmixing[s * groups * n * n + in_class];
-      dlogits[j] += call.softmax ? exp(logits(key) - maximum) * inverse * (dp - sum) : dp;
+      dlogits[j] += call.softmax ? exp(logits(key) - maximum) * inverse * (dp - delta) : dp;
     }
   }
 };

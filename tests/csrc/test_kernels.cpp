@@ -5,131 +5,16 @@
 #include <cstdlib>
 #include <cstring>
 #include <ctime>
-#include <random>
 #include <string>
 #include <vector>
 
 #include "cpu.h"
+#include "problems.h"
 
 using namespace posmlp;
 using namespace posmlp::cpu;
 
 namespace {
-
-std::mt19937_64 generator(1);
-int64_t pick(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(generator); }
-template <class A>
-std::vector<A> random_values(int64_t count) {
-  std::normal_distribution<double> normal;
-  std::vector<A> values(count);
-  for (A& value : values) value = A(normal(generator));
-  return values;
-}
-
-template <class A>
-struct Problem {
-  Shape shape;
-  bool softmax, has_table, has_matrix, matrix_per_group, has_bias, has_norm;
-  Activation activation;
-  std::vector<A> x, dz, table, matrix, bias, norm_weight, norm_bias;
-};
-
-template <class A>
-Problem<A> random_problem() {
-  Problem<A> p;
-  Shape& s = p.shape;
-  s.batch = pick(1, 3);
-  s.groups = pick(1, 3);
-  s.channels = s.groups * (pick(0, 3) ? pick(1, 30) : pick(90, 200));
-  for (int d = pick(0, 2); d < kRank; ++d) {
-    const bool long_rows = d == 2 && pick(0, 2) == 0;  // so long that a tile of rows fits in
-    s.map[d] = pick(1, d == 0 ? 4 : long_rows ? 30 : 9);
-    s.window[d] = pick(1, d == 0 ? 3 : long_rows ? 17 : 6);
-    s.shift[d] = pick(0, s.window[d] - 1);
-  }
-  p.softmax = pick(0, 1);
-  p.has_matrix = pick(0, 1);
-  p.has_table = !p.has_matrix || s.groups == 1 || pick(0, 1);
-  p.matrix_per_group = p.has_matrix && (!p.has_table || pick(0, 1));
-  p.has_bias = pick(0, 1);
-  p.has_norm = pick(0, 1);
-  p.activation = Activation(pick(0, 2));
-  const int64_t n = s.window_tokens(), tokens = s.batch * s.map_tokens();
-  p.x = random_values<A>(tokens * 2 * s.channels);
-  p.dz = random_values<A>(tokens * s.channels);
-  p.table = random_values<A>(s.groups * s.table_size());
-  p.matrix = random_values<A>((p.matrix_per_group ? s.groups : 1) * n * n);
-  p.bias = random_values<A>(n);
-  p.norm_weight = random_values<A>(s.channels);
-  p.norm_bias = random_values<A>(s.channels);
-  return p;
-}
-
-double activate(Activation activation, double x) {
-  if (activation == Activation::gelu) return 0.5 * x * std::erfc(-x / std::sqrt(2.0));
-  if (activation == Activation::gelu_tanh)
-    return 0.5 * x * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
-  return x;
-}
-
-// z by the definition: token by token, in double.
-template <class A>
-std::vector<double> definition(const Problem<A>& p) {
-  const Shape& s = p.shape;
-  const int64_t tokens = s.batch * s.map_tokens(), C = s.channels, D = s.group_channels(), n = s.window_tokens();
-  std::vector<double> x1(tokens * C), x2(tokens * C), z(tokens * C);
-  for (int64_t t = 0; t < tokens; ++t) {
-    double mean = 0, variance = 0;
-    for (int64_t c = 0; c < C; ++c) {
-      x1[t * C + c] = activate(p.activation, double(p.x[t * 2 * C + c]));
-      x2[t * C + c] = activate(p.activation, double(p.x[t * 2 * C + C + c]));
-      mean += x1[t * C + c] / C;
-    }
-    for (int64_t c = 0; c < C; ++c) variance += (x1[t * C + c] - mean) * (x1[t * C + c] - mean) / C;
-    if (p.has_norm)
-      for (int64_t c = 0; c < C; ++c)
-        x1[t * C + c] = (x1[t * C + c] - mean) / std::sqrt(variance + 1e-3) * p.norm_weight[c] + p.norm_bias[c];
-  }
-  const auto place = [&](int64_t token, int64_t* window, int64_t* inside) {
-    int64_t rest = token % s.map_tokens();
-    for (int d = kRank - 1; d >= 0; --d) {
-      const int64_t at = rest % s.map[d] + s.shift[d];
-      rest /= s.map[d];
-      window[d] = at / s.window[d];
-      inside[d] = at % s.window[d];
-    }
-  };
-  const auto index = [&](const int64_t* q) { return (q[0] * s.window[1] + q[1]) * s.window[2] + q[2]; };
-  for (int64_t i = 0; i < tokens; ++i)
-    for (int64_t g = 0; g < s.groups; ++g) {
-      int64_t wi[kRank], qi[kRank];
-      place(i, wi, qi);
-      std::vector<int64_t> keys;
-      std::vector<double> weights;
-      double largest = -INFINITY, sum = 0;
-      for (int64_t j = i / s.map_tokens() * s.map_tokens(); j < (i / s.map_tokens() + 1) * s.map_tokens(); ++j) {
-        int64_t wj[kRank], qj[kRank], delta = 0;
-        place(j, wj, qj);
-        if (!std::equal(wi, wi + kRank, wj)) continue;
-        for (int d = 0; d < kRank; ++d) delta = delta * (2 * s.window[d] - 1) + qj[d] - qi[d] + s.window[d] - 1;
-        double weight = p.has_table ? double(p.table[g * s.table_size() + delta]) : 0;
-        if (p.has_matrix) weight += p.matrix[(p.matrix_per_group ? g * n * n : 0) + index(qi) * n + index(qj)];
-        keys.push_back(j);
-        weights.push_back(weight);
-        largest = std::max(largest, weight);
-      }
-      if (p.softmax) {
-        for (double& weight : weights) sum += weight = std::exp(weight - largest);
-        for (double& weight : weights) weight /= sum;
-      }
-      for (int64_t c = g * D; c < (g + 1) * D; ++c) {
-        double y = p.has_bias ? double(p.bias[index(qi)]) : 0;
-        for (size_t k = 0; k < keys.size(); ++k) y += weights[k] * x1[keys[k] * C + c];
-        z[i * C + c] = y * x2[i * C + c];
-      }
-    }
-  return z;
-}
 
 // x, dz, z and dx as the kernels have them in memory: numbers, or the upper halves of float32 that are bfloat16.
 template <class A>
@@ -206,36 +91,20 @@ Results<A> run(const Problem<A>& p, Storage storage, const Kernels& kernels, int
   return r;
 }
 
-// The gradients are tested by their meaning, all at once: <dz, z(p + h v) - z(p - h v)> / 2h = <gradients, v>, in double.
+// The sum of `parts` partial gradients.
+template <class A>
+std::vector<A> added(const std::vector<A>& values, int64_t parts) {
+  const int64_t size = int64_t(values.size()) / parts;
+  std::vector<A> sums(size);
+  for (size_t i = 0; i < values.size(); ++i) sums[i % size] += values[i];
+  return sums;
+}
+
 bool gradients_hold(const Problem<double>& p, const Results<double>& r, int64_t splits) {
-  const double h = 1e-6;
-  auto above = p, below = p;
-  double predicted = 0, scale = 1;
-  // `parts` partial gradients of each of the parameter's `pieces`, which are side by side
-  const auto move = [&](std::vector<double> Problem<double>::*member, const std::vector<double>& gradient, int64_t parts,
-                        int64_t pieces) {
-    if (gradient.empty()) return;
-    const auto v = random_values<double>((p.*member).size());
-    const int64_t size = int64_t(v.size()) / pieces;
-    for (size_t i = 0; i < v.size(); ++i) (above.*member)[i] += h * v[i], (below.*member)[i] -= h * v[i];
-    for (int64_t piece = 0; piece < pieces; ++piece)
-      for (int64_t part = 0; part < parts; ++part)
-        for (int64_t i = 0; i < size; ++i) {
-          const double term = gradient[(part * pieces + piece) * size + i] * v[piece * size + i];
-          predicted += term, scale += std::fabs(term);
-        }
-  };
   const int64_t groups = p.shape.groups, norm_blocks = std::min<int64_t>(p.shape.batch * p.shape.map_tokens(), 3);
-  move(&Problem<double>::x, r.dx, 1, 1);
-  move(&Problem<double>::table, r.dtable, splits, groups);
-  move(&Problem<double>::matrix, r.dmatrix, p.matrix_per_group ? splits : groups * splits, p.matrix_per_group ? groups : 1);
-  move(&Problem<double>::bias, r.dbias, groups * splits, 1);
-  move(&Problem<double>::norm_weight, r.dnorm_weight, norm_blocks, 1);
-  move(&Problem<double>::norm_bias, r.dnorm_bias, norm_blocks, 1);
-  const auto z_above = definition(above), z_below = definition(below);
-  double change = 0;
-  for (size_t i = 0; i < p.dz.size(); ++i) change += p.dz[i] * (z_above[i] - z_below[i]) / (2 * h);
-  return std::fabs(change - predicted) <= 1e-6 * scale;
+  return posmlp::gradients_hold(
+      p, {r.dx, added(r.dtable, splits), added(r.dmatrix, p.matrix_per_group ? splits : groups * splits),
+          added(r.dbias, groups * splits), added(r.dnorm_weight, norm_blocks), added(r.dnorm_bias, norm_blocks)});
 }
 
 // With x and dz that are bfloat16 already, storing in bfloat16 must change nothing but by rounding.
@@ -269,11 +138,8 @@ bool check(const Problem<A>& p, const Kernels& kernels, uint64_t seed) {
     right = right && bfloat16_holds(p, kernels, splits);
   for (double gradient : results.dx) right = right && std::isfinite(gradient);
   if (!right) {
-    const Shape& s = p.shape;
-    std::printf("FAILED %s float%d seed %llu: map %d %d %d window %d %d %d shift %d %d %d C %d S %d error %g of %g\n",
-                kernels.name, int(8 * sizeof(A)), (unsigned long long)seed, int(s.map[0]), int(s.map[1]), int(s.map[2]), int(s.window[0]),
-                int(s.window[1]), int(s.window[2]), int(s.shift[0]), int(s.shift[1]), int(s.shift[2]), int(s.channels),
-                int(s.groups), error, scale);
+    std::printf("FAILED %s float%d seed %llu: %s, error %g of %g\n", kernels.name, int(8 * sizeof(A)),
+                (unsigned long long)seed, description(p.shape).c_str(), error, scale);
   }
   return right;
 }
