@@ -20,6 +20,12 @@
 
 namespace posmlp::cuda {
 
+struct Chip {
+  int multiprocessors;
+  int64_t shared_bytes;  // that a block may have
+  int architecture;      // 80, 90, ...
+};
+
 template <class T>
 struct Call {
   using A = Accumulation<T>;

@@ -9,14 +9,9 @@
 #include "cuda_mixing.cuh"
 #include "cuda_norm.cuh"
 #include "cuda_plain.cuh"
+#include "cuda_tensor_plan.h"
 
 namespace posmlp::cuda {
-
-struct Chip {
-  int multiprocessors;
-  int64_t shared_bytes;  // that a block may have
-  int architecture;      // 80, 90, ...
-};
 
 constexpr int64_t kWaves = 4;                   // blocks of a backward for each multiprocessor
 constexpr int64_t kMostPartialBytes = 64 << 20;  // of dP, unless a single one is larger
@@ -90,16 +85,39 @@ void prepare(Launcher& launcher, const Call<T>& call) {
 }
 
 template <class T, class Launcher>
-void forward(Launcher& launcher, const Call<T>& call) {
+void forward(Launcher& launcher, const Call<T>& call, const Chip& chip) {
   prepare(launcher, call);
+  if constexpr (sizeof(T) == 2)
+    if (on_tensor_cores(call, chip)) return launch_product<T, Product::gate>(launcher, call, chip);
   launch<PlainGateKernel<T>>(launcher, call);
+}
+
+// dx, and the sums by row.
+template <class T, class Launcher>
+void backward_of_tokens(Launcher& launcher, const Call<T>& call, const Chip& chip) {
+  if constexpr (sizeof(T) == 2)
+    if (on_tensor_cores(call, chip)) {
+      launch_product<T, Product::rows>(launcher, call, chip);
+      return launch_product<T, Product::columns>(launcher, call, chip);
+    }
+  launch<PlainBackwardKernel<T>>(launcher, call);
+}
+
+template <class T, class Launcher>
+void outer_product(Launcher& launcher, const Call<T>& call, const Chip& chip) {
+  if constexpr (sizeof(T) == 2)
+    if (on_tensor_cores(call, chip)) {
+      if (call.shape.window_tokens() <= kFewKeyTiles * 8) return launch_outer<T, kFewKeyTiles>(launcher, call, chip);
+      return launch_outer<T, kManyKeyTiles>(launcher, call, chip);
+    }
+  launch<PlainOuterKernel<T>>(launcher, call);
 }
 
 // The gradients of the table and of the matrix.
 template <class T, class Launcher>
-void backward_of_mixing(Launcher& launcher, const Call<T>& call) {
+void backward_of_mixing(Launcher& launcher, const Call<T>& call, const Chip& chip) {
   const int64_t n = call.shape.window_tokens();
-  launch<PlainOuterKernel<T>>(launcher, call);
+  outer_product(launcher, call, chip);
   launch<LogitsKernel<T>>(launcher, call);
   if (call.dtable) launch<TableKernel<T>>(launcher, call);
   if (call.dmatrix && !call.matrix_per_group)
@@ -107,11 +125,11 @@ void backward_of_mixing(Launcher& launcher, const Call<T>& call) {
 }
 
 template <class T, class Launcher>
-void backward(Launcher& launcher, const Call<T>& call) {
+void backward(Launcher& launcher, const Call<T>& call, const Chip& chip) {
   const int64_t channels = call.shape.channels;
   prepare(launcher, call);
-  launch<PlainBackwardKernel<T>>(launcher, call);
-  if (call.dmixing) backward_of_mixing(launcher, call);
+  backward_of_tokens(launcher, call, chip);
+  if (call.dmixing) backward_of_mixing(launcher, call, chip);
   if (call.dbias) launch<BiasKernel<T>>(launcher, call);
   if (!call.norm_weight) return;
   launch<NormBackwardKernel<T>>(launcher, call);

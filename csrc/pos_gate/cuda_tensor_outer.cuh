@@ -36,7 +36,7 @@ struct TensorOuterKernel {
   // A stage: dz and x2 of the rows, x1 of the keys.
   static POSMLP_BOTH int64_t stage_elements(const OuterPlan& plan) { return (2 * rows(plan) + kKeys) * kTileStride; }
   static POSMLP_BOTH int64_t shared_bytes(const Shape& shape, const OuterPlan& plan) {
-    return plan.stages * stage_elements(plan) * 2 + 3 * shape.window_tokens() * 8;
+    return plan.stages * stage_elements(plan) * 2 + TokenOffsets::bytes(shape);
   }
 
   static POSMLP_DEVICE void run(const Arguments& arguments, char* shared) {
@@ -45,15 +45,12 @@ struct TensorOuterKernel {
     const int threads = plan.warps * kWarp;
     const Unit unit(block_index(), call.shape, plan.row_blocks * plan.key_blocks, call.class_count);
     const int first_row = int(unit.row_block / plan.key_blocks) * rows(plan), first_key = int(unit.row_block % plan.key_blocks) * kKeys;
-    const Panels<T> panels(call, unit);
+    const Panels<T> panels(call, unit, call.dz_view);
     const TileShare share(threads, plan.piece);
     const int tokens = panels.tokens();
     T* stages = reinterpret_cast<T*>(shared);
-    TokenOffsets offsets;
-    offsets.x = reinterpret_cast<int64_t*>(stages + plan.stages * stage_elements(plan));
-    offsets.dz = offsets.x + call.shape.window_tokens();
-    offsets.token = offsets.dz + call.shape.window_tokens();
-    offsets.fill(call.shape, call.x_view, call.dz_view, call.classes[unit.window_class], threads);
+    const TokenOffsets offsets(stages + plan.stages * stage_elements(plan), call.shape);
+    offsets.fill(call, call.dz_view, call.classes[unit.window_class], threads);
     sync_threads();
 
     const int64_t x2_at = int64_t(rows(plan)) * kTileStride, x1_at = 2 * x2_at;
@@ -62,7 +59,7 @@ struct TensorOuterKernel {
     const int64_t mine = divide_up(panels.count() - unit.split, call.splits), steps = mine > 0 ? mine : 0;
     const auto copy = [&](int64_t step) {
       if (step < steps) {
-        const Column column = panels.column(panel(step), share.column);
+        const PanelColumn column = panels.column(panel(step), share.column);
         T* tile = stage(step);
         copy_tile(tile, call, Source::dz, column, offsets, share, first_row, rows(plan), tokens, plan.piece);
         copy_tile(tile + x2_at, call, Source::x2, column, offsets, share, first_row, rows(plan), tokens, plan.piece);
@@ -78,7 +75,7 @@ struct TensorOuterKernel {
       T* tile = stage(step);
       finish_gradients(tile, tile + x2_at, call.activation, share, rows(plan), plan.piece);
       if (call.norm_weight || call.activation != Activation::none) {
-        const Column column = call.norm_weight ? panels.column(panel(step), share.column) : Column{};
+        const PanelColumn column = call.norm_weight ? panels.column(panel(step), share.column) : PanelColumn{};
         finish_tokens(tile + x1_at, call, column, offsets, share, first_key, kKeys, tokens, plan.piece);
       }
       sync_threads();

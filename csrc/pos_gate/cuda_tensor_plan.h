@@ -8,11 +8,11 @@
 
 namespace posmlp::cuda {
 
-struct Chip {
-  int architecture;        // 80, 86, 89, 90, 100, 120
-  int multiprocessors;
-  int64_t shared_bytes;    // that a block may have
-};
+// Whether products of this type can run here at all; windows whose offsets would not fit are the plain kernels'.
+template <class T>
+bool on_tensor_cores(const Call<T>& call, const Chip& chip) {
+  return sizeof(T) == 2 && chip.architecture >= 80 && call.shape.window_tokens() <= kMostTokens;
+}
 
 // The widest copies that the addresses allow, up to 8 elements (16 bytes), and whether pairs can be accessed as one word.
 template <class T>
@@ -24,7 +24,7 @@ int widest_piece(const Call<T>& call, bool backward) {
       return ok;
     };
     return call.shape.group_channels() % piece == 0 && fits(call.x_view, call.x) &&
-           (!backward || fits(call.dz_view, call.dz));
+           (backward ? fits(call.dz_view, call.dz) && fits(call.dx_view, call.dx) : fits(call.z_view, call.z));
   };
   for (int piece : {8, 4, 2})
     if (divides(piece)) return piece;
@@ -33,12 +33,12 @@ int widest_piece(const Call<T>& call, bool backward) {
 
 // Blocks of as many rows as fit, for no row is read twice in one block; P is kept where it fits beside two stages.
 template <class T, Product kProduct>
-TensorPlan plan_product(const Call<T>& call, const Chip& chip, bool backward) {
+TensorPlan plan_product(const Call<T>& call, const Chip& chip) {
   using Kernel = TensorProductKernel<T, kProduct>;
   constexpr int kStreamedKeys = 64;
   const int64_t tokens = call.shape.window_tokens();
   TensorPlan plan{};
-  plan.piece = widest_piece(call, backward);
+  plan.piece = widest_piece(call, kProduct != Product::gate);
   plan.pairs = plan.piece > 1;
   const int all_warps = int(divide_up(tokens, 32));
   for (const bool keep : {true, false})
@@ -59,6 +59,20 @@ TensorPlan plan_product(const Call<T>& call, const Chip& chip, bool backward) {
   return plan;
 }
 
+// Into how many shares the panels of each group, class and block of rows are cut: as many blocks as run side by side,
+// which then go on to the end, for a block's first work is to fetch its rows of P.
+template <class T>
+int64_t count_tensor_splits(const Call<T>& call, const Chip& chip, int64_t row_blocks, int64_t shared_bytes) {
+  const int64_t side_by_side = chip.multiprocessors * std::clamp<int64_t>(chip.shared_bytes / shared_bytes, 1, 4);
+  int64_t panels = 1;
+  for (int k = 0; k < call.class_count; ++k)
+    panels = std::max(panels, divide_up(call.classes[k].windows(call.shape.batch) * call.shape.group_channels(), kColumns));
+  return std::clamp<int64_t>(side_by_side / (call.class_count * call.shape.groups * row_blocks), 1, panels);
+}
+
+// Keys of a block of dP: small windows take small pieces.
+constexpr int kFewKeyTiles = 8, kManyKeyTiles = 26;
+
 template <class T, int kKeyTiles>
 OuterPlan plan_outer(const Call<T>& call, const Chip& chip) {
   using Kernel = TensorOuterKernel<T, kKeyTiles>;
@@ -72,6 +86,23 @@ OuterPlan plan_outer(const Call<T>& call, const Chip& chip) {
   for (plan.stages = 3; plan.stages > 2 && Kernel::shared_bytes(call.shape, plan) > chip.shared_bytes;) --plan.stages;
   plan.shared_bytes = Kernel::shared_bytes(call.shape, plan);
   return plan;
+}
+
+// ---- the launches ----
+
+template <class T, Product kProduct, class Launcher>
+void launch_product(Launcher& launcher, Call<T> call, const Chip& chip) {
+  using Kernel = TensorProductKernel<T, kProduct>;
+  const TensorPlan plan = plan_product<T, kProduct>(call, chip);
+  if (kProduct != Product::rows) call.splits = count_tensor_splits(call, chip, plan.row_blocks, plan.shared_bytes);
+  launcher.template launch<Kernel>({call, plan}, Kernel::grid(call, plan), plan.shared_bytes, plan.warps * kWarp);
+}
+
+template <class T, int kKeyTiles, class Launcher>
+void launch_outer(Launcher& launcher, const Call<T>& call, const Chip& chip) {
+  using Kernel = TensorOuterKernel<T, kKeyTiles>;
+  const OuterPlan plan = plan_outer<T, kKeyTiles>(call, chip);
+  launcher.template launch<Kernel>({call, plan}, Kernel::grid(call, plan), plan.shared_bytes, plan.warps * kWarp);
 }
 
 }  // namespace posmlp::cuda

@@ -50,7 +50,7 @@ struct TensorProductKernel {
   }
   static POSMLP_BOTH int64_t shared_bytes(const Shape& shape, const TensorPlan& plan) {
     const int64_t elements = (plan.keep ? p_elements(plan) : 0) + plan.stages * stage_elements(plan);
-    return elements * 2 + plan.stages * kColumns * int64_t(sizeof(Column)) + 3 * shape.window_tokens() * 8;
+    return elements * 2 + plan.stages * kColumns * int64_t(sizeof(PanelColumn)) + TokenOffsets::bytes(shape);
   }
 
   static POSMLP_DEVICE void run(const Arguments& arguments, char* shared) { Block(arguments, shared).run(); }
@@ -60,12 +60,13 @@ struct TensorProductKernel {
     const Call<T>& call;
     const TensorPlan& plan;
     const Unit unit;
+    const View& out_view;
     const Panels<T> panels;
     const TileShare share;
     const int threads, tokens, row0;  // row0: the block's first row
-    T *kept, *stages;
-    Column* columns;
-    TokenOffsets offsets;
+    T *const kept, *const stages;
+    PanelColumn* const columns;
+    const TokenOffsets offsets;
     float sums[kRowTiles][kColumnTiles][4];
     float row_gradients[kRowTiles][2], row_deltas[kRowTiles][2];
     uint32_t words[2][kRowTiles][kColumnTiles][2];  // pairs of x2 (or x1), and of dz
@@ -74,28 +75,26 @@ struct TensorProductKernel {
         : call(arguments.call),
           plan(arguments.plan),
           unit(block_index(), call.shape, plan.row_blocks, call.class_count),
-          panels(call, unit),
+          out_view(kProduct == Product::gate ? call.z_view : call.dx_view),
+          panels(call, unit, out_view),
           share(plan.warps * kWarp, plan.piece),
           threads(plan.warps * kWarp),
           tokens(panels.tokens()),
-          row0(int(unit.row_block) * plan.warps * 32) {
-      kept = reinterpret_cast<T*>(shared);
-      stages = kept + (plan.keep ? p_elements(plan) : 0);
-      columns = reinterpret_cast<Column*>(stages + plan.stages * stage_elements(plan));
-      offsets.x = reinterpret_cast<int64_t*>(columns + plan.stages * kColumns);
-      offsets.dz = offsets.x + call.shape.window_tokens();
-      offsets.token = offsets.dz + call.shape.window_tokens();
-    }
+          row0(int(unit.row_block) * plan.warps * 32),
+          kept(reinterpret_cast<T*>(shared)),
+          stages(kept + (plan.keep ? p_elements(plan) : 0)),
+          columns(reinterpret_cast<PanelColumn*>(stages + plan.stages * stage_elements(plan))),
+          offsets(columns + plan.stages * kColumns, call.shape) {}
 
     POSMLP_DEVICE T* stage(int64_t step) const { return stages + step % plan.stages * stage_elements(plan); }
-    POSMLP_DEVICE Column* columns_of(int64_t step) const { return columns + step % plan.stages * kColumns; }
+    POSMLP_DEVICE PanelColumn* columns_of(int64_t step) const { return columns + step % plan.stages * kColumns; }
     POSMLP_DEVICE int64_t panel(int64_t step) const { return unit.split + step / plan.chunks * call.splits; }
     POSMLP_DEVICE int first_key(int64_t step) const { return int(step % plan.chunks) * plan.keys; }
 
     POSMLP_DEVICE void run() {
       for (auto& rows : {&row_gradients, &row_deltas})
         for (auto& pair : *rows) pair[0] = pair[1] = 0;
-      offsets.fill(call.shape, call.x_view, call.dz_view, call.classes[unit.window_class], threads);
+      offsets.fill(call, out_view, call.classes[unit.window_class], threads);
       sync_threads();
       const int64_t mine = divide_up(panels.count() - unit.split, call.splits);  // panels; negative if none
       const int64_t steps = (mine > 0 ? mine : 0) * plan.chunks;
@@ -131,7 +130,7 @@ struct TensorProductKernel {
 
     POSMLP_DEVICE void copy(int64_t step, int64_t steps) const {
       if (step < steps) {
-        const Column column = panels.column(panel(step), share.column);
+        const PanelColumn column = panels.column(panel(step), share.column);
         if (share.first_row == 0)
           for (int i = 0; i < plan.piece; ++i)
             columns_of(step)[share.column + i] = i ? panels.column(panel(step), share.column + i) : column;
@@ -153,7 +152,7 @@ struct TensorProductKernel {
       if constexpr (kTransposed) {
         finish_gradients(tile, tile + plan.keys * kTileStride, call.activation, share, plan.keys, plan.piece);
       } else if (call.norm_weight || call.activation != Activation::none) {
-        const Column column = call.norm_weight ? panels.column(panel(step), share.column) : Column{};
+        const PanelColumn column = call.norm_weight ? panels.column(panel(step), share.column) : PanelColumn{};
         finish_tokens(tile, call, column, offsets, share, first_key(step), plan.keys, tokens, plan.piece);
       }
     }
@@ -187,7 +186,7 @@ struct TensorProductKernel {
     POSMLP_DEVICE static int column_of(int c) { return 8 * c + thread_index() % 4 * 2; }
 
     template <class Visit>
-    POSMLP_DEVICE void for_each_pair(const Column* at, Visit visit) {
+    POSMLP_DEVICE void for_each_pair(const PanelColumn* at, Visit visit) {
 #pragma unroll
       for (int r = 0; r < kRowTiles; ++r)
 #pragma unroll
@@ -207,7 +206,7 @@ struct TensorProductKernel {
         for (auto& piece : rows) piece[0] = piece[1] = piece[2] = piece[3] = 0;
       if (kTransposed && (call.activation == Activation::none || call.norm_weight)) return;
       const T* x = call.x + (kTransposed ? 0 : call.shape.channels);
-      for_each_pair(columns_of(step), [&](int r, int half, int row, int c, const Column& one, const Column& two) {
+      for_each_pair(columns_of(step), [&](int r, int half, int row, int c, const PanelColumn& one, const PanelColumn& two) {
         words[0][r][c][half] =
             load_pair(x + one.x + offsets.x[row] + one.channel, x + two.x + offsets.x[row] + two.channel, one, two);
         if constexpr (kProduct == Product::rows)
@@ -217,7 +216,7 @@ struct TensorProductKernel {
     }
 
     POSMLP_DEVICE void end(int64_t step) {
-      for_each_pair(columns_of(step), [&](int r, int half, int row, int c, const Column& one, const Column& two) {
+      for_each_pair(columns_of(step), [&](int r, int half, int row, int c, const PanelColumn& one, const PanelColumn& two) {
         if (one.channel < 0) return;
         float out[2];
 #pragma unroll
@@ -243,18 +242,16 @@ struct TensorProductKernel {
       }
     }
 
-    POSMLP_DEVICE void store(int row, const Column& one, const Column& two, const float (&out)[2]) const {
-      const int64_t channels = call.shape.channels, first = one.token + offsets.token[row], second = two.token + offsets.token[row];
+    POSMLP_DEVICE void store(int row, const PanelColumn& one, const PanelColumn& two, const float (&out)[2]) const {
       if (kTransposed && call.norm_weight) {
-        call.dx_normed[first * channels + one.channel] = out[0];
-        if (two.channel >= 0) call.dx_normed[second * channels + two.channel] = out[1];
+        float* to = call.dx_normed + one.channel + (one.token + offsets.token[row]) * call.shape.channels;
+        to[0] = out[0];
+        if (two.channel >= 0) to[two.channel - one.channel + (two.token - one.token) * call.shape.channels] = out[1];
         return;
       }
-      T* to = kProduct == Product::gate ? call.z : call.dx;
-      const int64_t width = kProduct == Product::gate ? channels : 2 * channels;
-      const int64_t skipped = kProduct == Product::rows ? channels : 0;
-      store_pair(to + first * width + skipped + one.channel, to + second * width + skipped + two.channel, out,
-                 two.channel >= 0);
+      T* to = (kProduct == Product::gate ? call.z : call.dx) + offsets.out[row];
+      if (kProduct == Product::rows) to += call.shape.channels;
+      store_pair(to + one.out + one.channel, to + two.out + two.channel, out, two.channel >= 0);
     }
 
     // The place of a class's token in the whole window, where its bias is.
@@ -268,7 +265,7 @@ struct TensorProductKernel {
 
     POSMLP_DEVICE static float part(uint32_t word, int i) { return to_accumulation(T{uint16_t(i ? word >> 16 : word)}); }
 
-    POSMLP_DEVICE uint32_t load_pair(const T* first, const T* second, const Column& one, const Column& two) const {
+    POSMLP_DEVICE uint32_t load_pair(const T* first, const T* second, const PanelColumn& one, const PanelColumn& two) const {
       if (one.channel < 0) return 0;
       if (plan.pairs) return *reinterpret_cast<const uint32_t*>(first);
       return first->bits | (two.channel < 0 ? 0u : uint32_t(second->bits) << 16);

@@ -27,8 +27,8 @@ struct TensorPlan {
 };
 
 // Where a column's tokens lie: the first token of its window in each tensor, and its channel.
-struct Column {
-  int64_t x, dz, token;  // elements in x and dz; tokens in the dense order of the map
+struct PanelColumn {
+  int64_t x, dz, out, token;  // elements in x, dz and the output; tokens in the dense order of the map
   int channel;           // in C, -1 beyond the last column
 };
 
@@ -49,42 +49,52 @@ struct Unit {
 template <class T>
 class Panels {
  public:
-  POSMLP_DEVICE Panels(const Call<T>& call, const Unit& unit)
-      : call_(call), windows_(call.classes[unit.window_class]), first_channel_(unit.group * call.shape.group_channels()) {
+  POSMLP_DEVICE Panels(const Call<T>& call, const Unit& unit, const View& out)
+      : call_(call), out_(out), windows_(call.classes[unit.window_class]), first_channel_(unit.group * call.shape.group_channels()) {
     columns_ = windows_.windows(call.shape.batch) * call.shape.group_channels();
   }
 
   POSMLP_DEVICE int64_t count() const { return divide_up(columns_, kColumns); }
   POSMLP_DEVICE int tokens() const { return int(windows_.tokens()); }
 
-  POSMLP_DEVICE Column column(int64_t panel, int index) const {
+  POSMLP_DEVICE PanelColumn column(int64_t panel, int index) const {
     const int64_t at = panel * kColumns + index, width = call_.shape.group_channels();
-    if (at >= columns_) return {0, 0, 0, -1};
+    if (at >= columns_) return {0, 0, 0, 0, -1};
     int64_t position[kRank];
     const int64_t batch = windows_.locate(call_.shape, at / width, position);
     return {call_.x_view.offset(batch, position), call_.dz_view.offset(batch, position),
-            call_.shape.contiguous(1).offset(batch, position), int(first_channel_ + at % width)};
+            out_.offset(batch, position), call_.shape.contiguous(1).offset(batch, position), int(first_channel_ + at % width)};
   }
 
  private:
   const Call<T>& call_;
+  const View& out_;
   const WindowClass& windows_;
   int64_t first_channel_, columns_;
 };
 
-// Of every token of a window, where it lies relative to the first one.
+// Of every token of a window, where it lies relative to the first one. In shared memory.
 struct TokenOffsets {
-  int64_t *x, *dz, *token;  // in shared memory, [tokens] each
+  static constexpr int kArrays = 4;
+  int64_t *x, *dz, *out, *token;  // [tokens] each
 
-  POSMLP_DEVICE void fill(const Shape& shape, const View& x_view, const View& dz_view, const WindowClass& windows,
-                          int threads) const {
+  static POSMLP_BOTH int64_t bytes(const Shape& shape) { return kArrays * shape.window_tokens() * int64_t(sizeof(int64_t)); }
+
+  POSMLP_DEVICE TokenOffsets(void* shared, const Shape& shape) {
+    x = static_cast<int64_t*>(shared), dz = x + shape.window_tokens(), out = dz + shape.window_tokens();
+    token = out + shape.window_tokens();
+  }
+
+  template <class T>
+  POSMLP_DEVICE void fill(const Call<T>& call, const View& out_view, const WindowClass& windows, int threads) const {
     for (int i = thread_index(); i < windows.tokens(); i += threads) {
       int64_t position[kRank];
       windows.place(i, position);
       for (int d = 0; d < kRank; ++d) position[d] -= windows.begin[d];
-      x[i] = x_view.offset(0, position);
-      dz[i] = dz_view.offset(0, position);
-      token[i] = shape.contiguous(1).offset(0, position);
+      x[i] = call.x_view.offset(0, position);
+      dz[i] = call.dz_view.offset(0, position);
+      out[i] = out_view.offset(0, position);
+      token[i] = call.shape.contiguous(1).offset(0, position);
     }
   }
 };
@@ -116,7 +126,7 @@ struct TileShare {
 enum class Source { x1, x2, dz };
 
 template <class T>
-POSMLP_DEVICE void copy_tile(T* tile, const Call<T>& call, Source source, const Column& column, const TokenOffsets& offsets,
+POSMLP_DEVICE void copy_tile(T* tile, const Call<T>& call, Source source, const PanelColumn& column, const TokenOffsets& offsets,
                              const TileShare& share, int first_token, int rows, int tokens, int piece) {
   const bool is_dz = source == Source::dz;
   const T* base = is_dz ? call.dz + column.dz : call.x + column.x + (source == Source::x2 ? call.shape.channels : 0);
@@ -131,7 +141,7 @@ POSMLP_DEVICE void copy_tile(T* tile, const Call<T>& call, Source source, const 
 
 // Turns this thread's share of an arrived tile of X1 into what is mixed: activated and normalised.
 template <class T>
-POSMLP_DEVICE void finish_tokens(T* tile, const Call<T>& call, const Column& column, const TokenOffsets& offsets,
+POSMLP_DEVICE void finish_tokens(T* tile, const Call<T>& call, const PanelColumn& column, const TokenOffsets& offsets,
                                  const TileShare& share, int first_token, int rows, int tokens, int piece) {
   if (call.activation == Activation::none && !call.norm_weight) return;
   if (column.channel < 0) return;

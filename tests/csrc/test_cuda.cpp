@@ -118,7 +118,7 @@ class Session {
   Results run(bool mixing_grad) {
     Results r;
     Call<T> call = problem();
-    run(call, false, false, [](auto& launcher, const auto& c) { forward(launcher, c); });
+    run(call, false, false, [this](auto& launcher, const auto& c) { forward(launcher, c, chip_); });
     r.z = z_.read();
     call = problem();
     const auto output = [&](bool wanted, const std::vector<double>& parameter, A*& pointer) {
@@ -130,7 +130,7 @@ class Session {
     output(p_.has_bias, p_.bias, call.dbias);
     output(p_.has_norm, p_.norm_weight, call.dnorm_weight);
     output(p_.has_norm, p_.norm_bias, call.dnorm_bias);
-    run(call, true, mixing_grad, [](auto& launcher, const auto& c) { backward(launcher, c); });
+    run(call, true, mixing_grad, [this](auto& launcher, const auto& c) { backward(launcher, c, chip_); });
     const auto doubles = [&](int i) { return std::vector<double>(outputs_[i].begin(), outputs_[i].end()); };
     r.gradients = {dx_.read(), doubles(0), doubles(1), doubles(2), doubles(3), doubles(4)};
     return r;

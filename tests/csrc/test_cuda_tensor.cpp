@@ -58,6 +58,7 @@ struct Problem {
     call.x_view = s.contiguous(x_width), call.dz_view = s.contiguous(dz_width);
     z.assign(tokens * s.channels, T{0xffff}), dx.assign(2 * tokens * s.channels, T{0xffff});
     call.z = z.data(), call.dx = dx.data();
+    call.z_view = s.contiguous(s.channels), call.dx_view = s.contiguous(2 * s.channels);
     if (pick(0, 1)) bias = random_values<float>(n), call.bias = bias.data();
     if (pick(0, 1)) {
       norm_weight = random_values<float>(s.channels), norm_bias = random_values<float>(s.channels);
@@ -169,7 +170,7 @@ std::vector<double> over_splits(const std::vector<float>& parts, int64_t classes
 template <class T, Product kProduct>
 bool run_product(const Problem<T>& p, const Chip& chip) {
   using Kernel = TensorProductKernel<T, kProduct>;
-  const TensorPlan plan = plan_product<T, kProduct>(p.call, chip, true);
+  const TensorPlan plan = plan_product<T, kProduct>(p.call, chip);
   if (plan.shared_bytes < 0) return false;
   EmulatedLauncher().launch<Kernel>({p.call, plan}, Kernel::grid(p.call, plan), plan.shared_bytes, plan.warps * kWarp);
   return true;
@@ -184,7 +185,7 @@ void run_outer(const Problem<T>& p, const Chip& chip) {
 
 template <class T>
 bool check(double epsilon) {
-  const Chip chip{90, 4, int64_t(pick(0, 1) ? 227 : pick(40, 99)) << 10};
+  const Chip chip{4, int64_t(pick(0, 1) ? 227 : pick(40, 99)) << 10, 90};
   Problem<T> p(pick(0, 3) ? 60 : 500);
   const Call<T>& call = p.call;
   if (!run_product<T, Product::gate>(p, chip) || !run_product<T, Product::rows>(p, chip) ||
