@@ -252,14 +252,14 @@ const char* wrong(const Case<double>& c) {
 
 }  // namespace
 
-// test_cuda [first seed] [seconds]: 60 random problems, or as many as there is time for.
+// test_cuda [first seed] [seconds]: 40 random problems, or as many as there is time for.
 int main(int argc, char** argv) {
   const uint64_t first = argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 0;
   const double seconds = argc > 2 ? std::atof(argv[2]) : 0;
   const std::time_t start = std::time(nullptr);
   int passed = 0, failed = 0;
   const auto goes_on = [&](uint64_t seed) {
-    return seconds > 0 ? std::difftime(std::time(nullptr), start) < seconds : seed < first + 60;
+    return seconds > 0 ? std::difftime(std::time(nullptr), start) < seconds : seed < first + 40;
   };
   for (uint64_t seed = first; goes_on(seed); ++seed) {
     generator.seed(seed);
