@@ -7,17 +7,14 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include <array>
 #include <string>
+#include <utility>
 
-#include "cuda_platform.h"
+#include "pos_gate/cuda_platform.h"
 
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 
 namespace posmlp::cuda {
-
-// What the choice of tiles depends on.
-struct Chip;
 
 class Launcher {
  public:

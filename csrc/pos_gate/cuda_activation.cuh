@@ -1,19 +1,17 @@
 // The activation of x as it is loaded, and its slope; the same functions as on the CPU (cpu_vector.h).
 //
-//     gelu       x Phi(x)            slope  Phi(x) + x Phi'(x)                     Phi: the normal distribution function
-//     gelu_tanh  x s                 slope  s + x s (1 - s) d(2u)/dx,              s = 1 / (1 + e^(-2u)),
-//                                    2u = 2 sqrt(2/pi) (x + 0.044715 x^3),         1 - s = e^(-2u) s, without cancelling
+//     gelu       x Phi(x)       slope  Phi(x) + x Phi'(x)                 Phi: the normal distribution function
+//     gelu_tanh  x s            slope  s + x s (1 - s) d(2u)/dx,          s = 1 / (1 + e^(-2u)),
+//                               2u = 2 sqrt(2/pi) (x + 0.044715 x^3),     1 - s = e^(-2u) s, without cancelling
 //
 // Both cost some twenty instructions an element, which hide behind memory where x is read once.
 #pragma once
-
-#include <math.h>  // not cmath: both compilers know its overloads for float by their plain names
 
 #include "cuda_platform.h"
 
 namespace posmlp::cuda {
 
-// In float32 1/2 + x P(x^2) / Q(x^2), within 1e-8 up to kEnd and exactly 0 below -kEnd: half the instructions of an erf.
+// In float32 1/2 + x P(x^2) / Q(x^2), within 1e-8 up to kEnd and exactly 0 below -kEnd: half the work of an erf.
 POSMLP_DEVICE float normal_cdf(float x) {
   constexpr float kEnd = 5.55f;
   const float bounded = x > kEnd ? kEnd : x, square = bounded * bounded;

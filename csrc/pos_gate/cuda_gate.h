@@ -1,9 +1,9 @@
-// The host's part of the CUDA back end, as plain C++: what is launched, in which order, and on what memory. A launcher has
+// The host's part of the CUDA back end, as plain C++: what is launched, in which order, on what memory. A launcher has
 //
 //     template <class Kernel> void launch(const typename Kernel::Arguments&, int64_t grid, int64_t shared_bytes)
 //
-// A caller fills in a Call's problem, lets `plan` choose its sizes, allocates `lay_out(..., nullptr)` bytes, hands them to
-// `lay_out` again, and calls `forward` or `backward`. Nothing here waits for the device or allocates.
+// A caller fills in a Call's problem, lets `plan` choose its sizes, allocates `lay_out(..., nullptr)` bytes, hands them
+// to `lay_out` again, and calls `forward` or `backward`. Nothing here waits for the device or allocates.
 #pragma once
 
 #include "cuda_mixing.cuh"
@@ -24,9 +24,11 @@ int64_t count_splits(const Call<T>& call, const Chip& chip) {
   using Tile = PlainTile<T>;
   const int64_t n = call.shape.window_tokens();
   const int64_t partial = call.class_count * call.shape.groups * n * n * int64_t(sizeof(Accumulation<T>));
-  const int64_t owners = Tile::sum_of_classes(call, [&](const WindowClass& c) { return call.shape.groups * Tile::row_tiles(c); });
-  int64_t tiles = 1;
-  for (int k = 0; k < call.class_count; ++k) tiles = std::max(tiles, Tile::column_tiles(call, call.classes[k]));
+  int64_t owners = 0, tiles = 1;
+  for (int k = 0; k < call.class_count; ++k) {
+    owners += call.shape.groups * Tile::row_tiles(call.classes[k]);
+    tiles = std::max(tiles, Tile::column_tiles(call, call.classes[k]));
+  }
   const int64_t wanted = divide_up(kWaves * chip.multiprocessors, std::max<int64_t>(owners, 1));
   return std::max<int64_t>(1, std::min({wanted, tiles, kMostPartialBytes / std::max<int64_t>(partial, 1)}));
 }
@@ -126,15 +128,15 @@ void backward_of_mixing(Launcher& launcher, const Call<T>& call, const Chip& chi
 
 template <class T, class Launcher>
 void backward(Launcher& launcher, const Call<T>& call, const Chip& chip) {
-  const int64_t channels = call.shape.channels;
+  const int64_t channels = call.shape.channels, blocks = call.norm_blocks;
   prepare(launcher, call);
   backward_of_tokens(launcher, call, chip);
   if (call.dmixing) backward_of_mixing(launcher, call, chip);
   if (call.dbias) launch<BiasKernel<T>>(launcher, call);
   if (!call.norm_weight) return;
   launch<NormBackwardKernel<T>>(launcher, call);
-  launch<ReduceKernel<T>>(launcher, {call.dnorm_parts, call.dnorm_weight, call.norm_blocks, channels});
-  launch<ReduceKernel<T>>(launcher, {call.dnorm_parts + call.norm_blocks * channels, call.dnorm_bias, call.norm_blocks, channels});
+  launch<ReduceKernel<T>>(launcher, {call.dnorm_parts, call.dnorm_weight, blocks, channels});
+  launch<ReduceKernel<T>>(launcher, {call.dnorm_parts + blocks * channels, call.dnorm_bias, blocks, channels});
 }
 
 }  // namespace posmlp::cuda

@@ -4,10 +4,10 @@
 //     LogitsKernel   dL[g]        = sum over classes of P (dP - delta), or of dP without softmax
 //     TableKernel    dR[g](d)     = sum over i of dL[g][i, i + d]
 //
-// A warp has a row, its lanes every 32nd key. P is some hundred thousand to a few million numbers, made once per call in
-// three passes over the table, which lies in the first-level cache: no row is stored before it is divided by its sum, and
-// none is limited in length. The backward makes P anew from the rows' maxima and sums, because that which the products
-// read is rounded. Partial sums of dP, the largest thing here (splits N^2 numbers a group), are read once.
+// A warp has a row, its lanes every 32nd key. P is some hundred thousand to a few million numbers, made once per call
+// in three passes over the table, which lies in the first-level cache: no row is stored before it is divided by its
+// sum, and none is limited in length. The backward makes P anew from the rows' maxima and sums, because that which the
+// products read is rounded. Partial sums of dP, the largest thing here (splits N^2 numbers a group), are read once.
 #pragma once
 
 #include "cuda_reduce.cuh"
@@ -127,9 +127,10 @@ struct LogitsKernel {
   }
 
  private:
-  POSMLP_DEVICE static void add_class(const Arguments& call, int k, int64_t group, int64_t i, const LogitsRow<T>& logits,
-                                      A* dlogits) {
-    const int64_t n = call.shape.window_tokens(), groups = call.shape.groups, first = k * call.splits * groups + group;
+  POSMLP_DEVICE static void add_class(const Arguments& call, int k, int64_t group, int64_t i,
+                                      const LogitsRow<T>& logits, A* dlogits) {
+    const int64_t n = call.shape.window_tokens(), groups = call.shape.groups;
+    const int64_t first = k * call.splits * groups + group;  // of the partial sums
     const A* dmixing = call.dmixing + (first * n + i) * n;
     A maximum = 0, inverse = 0, delta = 0;
     if (call.softmax) {

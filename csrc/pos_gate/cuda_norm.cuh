@@ -4,11 +4,11 @@
 //     dx1  = act'(x1) rstd (g - mean(g) - xhat mean(g xhat)),              g = dx_normed weight
 //     dweight = sum over tokens of dx_normed xhat,  dbias = sum over tokens of dx_normed
 //
-// The normed tokens are never stored: the products apply two numbers a token as they load. Both kernels are bound by memory
-// (C elements a token forward; C elements and C accumulations in, C elements out backward), and their lanes have
+// The normed tokens are never stored: the products apply two numbers a token as they load. Both kernels are bound by
+// memory (C elements a token forward; C elements and C accumulations in, C elements out backward), and their lanes have
 // neighbouring channels. Backward, a block takes eight tokens at a time: a warp makes a token's two means, then a
-// thread goes down a channel of all eight, whose second reading finds them in the cache, and adds its sum to the block's
-// partial sums in memory, which so cost little and have no limit of size.
+// thread goes down a channel of all eight, whose second reading finds them in the cache, and adds its sum to the
+// block's partial sums in memory, which so cost little and have no limit of size.
 #pragma once
 
 #include "cuda_activation.cuh"
@@ -106,8 +106,8 @@ struct NormBackwardKernel {
     token.tilt = warp_sum(tilt) / A(call.shape.channels);
   }
 
-  POSMLP_DEVICE static void finish_channel(const Arguments& call, const Token* s_tokens, int count, int64_t c, A& dweight,
-                                           A& dbias) {
+  POSMLP_DEVICE static void finish_channel(const Arguments& call, const Token* s_tokens, int count, int64_t c,
+                                           A& dweight, A& dbias) {
     const A weight = call.norm_weight[c];
     A weight_sum = 0, bias_sum = 0;
     for (int t = 0; t < count; ++t) {

@@ -1,5 +1,5 @@
-// The gate's products on ordinary multiply-add units: for float64, for float32 where its products are to be exact, and as
-// the check of those on tensor cores, which take the same arguments.
+// The gate's products on ordinary multiply-add units: for float64, for float32 where its products are to be exact, and
+// as the check of those on tensor cores, which take the same arguments.
 //
 //     PlainGateKernel      z = (P X1 + b) * x2                                   X1: activated and normed
 //     PlainBackwardKernel  dx2 = dz * (P X1 + b) * act'(x2),  dx1 = P^T G * act'(x1),  G = dz * act(x2)
@@ -35,7 +35,7 @@ struct PlainGateKernel {
     Tile tile(call, k, index / rows / tiles, shared);
     tile.find_columns(column_walk(call.shape, cls, column, 0), column);
     typename Tile::Sums sums;
-    tile.template multiply_columns<false>(row, sums, [&](const Column& c, const auto& token) { return tile.x1(c, token); });
+    tile.multiply_x1(row, sums);
     tile.for_each_row(row, [&](int r, int64_t, const auto& token) {
       const A bias = tile.bias(token);
       T* z = call.z + offset_in(call.z_view, token);
@@ -100,11 +100,11 @@ struct PlainBackwardKernel {
     A bias_sums[Tile::kEach] = {0, 0, 0, 0}, delta_sums[Tile::kEach] = {0, 0, 0, 0};
     share.for_each_tile(call, cls, tile, [&] {
       typename Tile::Sums sums;
-      tile.template multiply_columns<false>(row, sums, [&](const Column& c, const auto& token) { return tile.x1(c, token); });
+      tile.multiply_x1(row, sums);
       tile.for_each_row(row, [&](int r, int64_t, const auto& token) {
         finish_x2(call, tile, token, sums[r], bias_sums[r], delta_sums[r]);
       });
-      tile.template multiply_columns<true>(row, sums, [&](const Column& c, const auto& token) { return tile.g(c, token); });
+      tile.multiply_g(row, sums);
       tile.for_each_row(row, [&](int r, int64_t, const auto& token) { finish_x1(call, tile, token, sums[r]); });
     });
     const int64_t part = share.part(call, k) * call.shape.window_tokens();

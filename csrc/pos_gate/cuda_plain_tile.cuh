@@ -49,9 +49,9 @@ class PlainTile {
   }
 
   POSMLP_DEVICE PlainTile(const Call<T>& call, int k, int64_t group, char* shared)
-      : call_(call), cls_(call.classes[k]), group_(group), tokens_(cls_.tokens()), mixing_(call.mixing_of(k, group)),
-        s_left_(reinterpret_cast<A*>(shared + kSide * sizeof(Column))), s_right_(s_left_ + kDepth * kStride),
-        s_columns_(reinterpret_cast<Column*>(shared)) {}
+      : call_(call), cls_(call.classes[k]), group_(group), tokens_(cls_.tokens()),
+        mixing_(call.mixing_of(k, group)), s_left_(reinterpret_cast<A*>(shared + kSide * sizeof(Column))),
+        s_right_(s_left_ + kDepth * kStride), s_columns_(reinterpret_cast<Column*>(shared)) {}
 
   // All 64 columns of a tile from the walk of the first 64 threads.
   POSMLP_DEVICE void find_columns(const Walk<2 + kRank>& walk, int64_t index) {
@@ -78,21 +78,12 @@ class PlainTile {
     return dz(column, token) * activate(call_.activation, raw_x2(column, token));
   }
 
-  // sums = P rows, or P^T rows, from `row` on, times what `value(column, token)` is at this tile's columns.
-  template <bool transposed, class Value>
-  POSMLP_DEVICE void multiply_columns(int64_t row, Sums& sums, Value&& value) {
-    const int column = thread_index() % kSide, first = thread_index() / kSide;
-    constexpr int kStep = kThreads / kSide;
-    auto token = box_walk(cls_, first, kStep);
-    clear(sums);
-    for (int64_t from = 0; from < tokens_; from += kDepth) {
-      load_mixing<transposed>(row, from);
-      for (int k = first; k < kDepth; k += kStep, token.next()) {
-        const bool present = from + k < tokens_ && s_columns_[column].channel >= 0;
-        s_right_[k * kStride + column] = present ? value(s_columns_[column], token) : A(0);
-      }
-      multiply(sums);
-    }
+  // sums = P X1, or P^T G, at this tile's columns, for rows from `row` on.
+  POSMLP_DEVICE void multiply_x1(int64_t row, Sums& sums) {
+    multiply_columns<false>(row, sums, [&](const Column& c, const Walk<kRank>& token) { return x1(c, token); });
+  }
+  POSMLP_DEVICE void multiply_g(int64_t row, Sums& sums) {
+    multiply_columns<true>(row, sums, [&](const Column& c, const Walk<kRank>& token) { return g(c, token); });
   }
 
   // sums += G X1^T over this tile's columns, for rows and columns of dP from `row` and `key` on.
@@ -150,6 +141,23 @@ class PlainTile {
     return {call_.x_view.offset(b, position) + channel,  call_.z_view.offset(b, position) + channel,
             call_.dz_view.offset(b, position) + channel, call_.dx_view.offset(b, position) + channel,
             call_.shape.contiguous(1).offset(b, position), int(channel)};
+  }
+
+  // sums = P, or P^T, times what `value(column, token)` is.
+  template <bool transposed, class Value>
+  POSMLP_DEVICE void multiply_columns(int64_t row, Sums& sums, Value&& value) {
+    const int column = thread_index() % kSide, first = thread_index() / kSide;
+    constexpr int kStep = kThreads / kSide;
+    auto token = box_walk(cls_, first, kStep);
+    clear(sums);
+    for (int64_t from = 0; from < tokens_; from += kDepth) {
+      load_mixing<transposed>(row, from);
+      for (int k = first; k < kDepth; k += kStep, token.next()) {
+        const bool present = from + k < tokens_ && s_columns_[column].channel >= 0;
+        s_right_[k * kStride + column] = present ? value(s_columns_[column], token) : A(0);
+      }
+      multiply(sums);
+    }
   }
 
   // left[k][row] = P(row, k), or P(k, row); zeros beyond, which P has itself up to `side`.

@@ -5,6 +5,8 @@
 // that have no GPU.
 #pragma once
 
+#include <math.h>  // not cmath: both compilers know its overloads for float by their plain names
+
 #include "shape.h"
 
 #ifdef __CUDACC__

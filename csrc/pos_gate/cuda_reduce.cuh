@@ -68,7 +68,7 @@ struct ReduceKernel {
   }
 };
 
-// The bias' gradient: dbias_parts [classes, splits, S, N], by the tokens of a class -> dbias [N], by place in the window.
+// The bias' gradient: dbias_parts [classes, splits, S, N], by the tokens of a class -> dbias [N], by place.
 template <class T>
 struct BiasKernel {
   using A = Accumulation<T>;
@@ -86,7 +86,8 @@ struct BiasKernel {
     for (int k = 0; k < call.class_count; ++k) {
       const int64_t i = call.classes[k].index_of(place);
       if (i < 0 || index >= n) continue;
-      for (int64_t p = Columns::warp(); p < parts; p += Columns::kWarps) sum += call.dbias_parts[(k * parts + p) * n + i];
+      for (int64_t p = Columns::warp(); p < parts; p += Columns::kWarps)
+        sum += call.dbias_parts[(k * parts + p) * n + i];
     }
     sum = Columns::sum_over_warps(sum, shared);
     if (Columns::warp() == 0 && index < n) call.dbias[index] = sum;

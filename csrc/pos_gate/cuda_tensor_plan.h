@@ -95,14 +95,14 @@ void launch_product(Launcher& launcher, Call<T> call, const Chip& chip) {
   using Kernel = TensorProductKernel<T, kProduct>;
   const TensorPlan plan = plan_product<T, kProduct>(call, chip);
   if (kProduct != Product::rows) call.splits = count_tensor_splits(call, chip, plan.row_blocks, plan.shared_bytes);
-  launcher.template launch<Kernel>({call, plan}, Kernel::grid(call, plan), plan.shared_bytes, plan.warps * kWarp);
+  launcher.template launch<Kernel>(typename Kernel::Arguments{call, plan}, Kernel::grid(call, plan), plan.shared_bytes, plan.warps * kWarp);
 }
 
 template <class T, int kKeyTiles, class Launcher>
 void launch_outer(Launcher& launcher, const Call<T>& call, const Chip& chip) {
   using Kernel = TensorOuterKernel<T, kKeyTiles>;
   const OuterPlan plan = plan_outer<T, kKeyTiles>(call, chip);
-  launcher.template launch<Kernel>({call, plan}, Kernel::grid(call, plan), plan.shared_bytes, plan.warps * kWarp);
+  launcher.template launch<Kernel>(typename Kernel::Arguments{call, plan}, Kernel::grid(call, plan), plan.shared_bytes, plan.warps * kWarp);
 }
 
 }  // namespace posmlp::cuda

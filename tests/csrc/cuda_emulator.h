@@ -1,5 +1,5 @@
-// What cuda_platform.h has from CUDA, for a CPU: each word with the semantics and the demands of its instruction, on the
-// machine of cuda_machine.h. Included by cuda_platform.h where the compiler is not nvcc.
+// What cuda_platform.h has from CUDA, for a CPU: each word with the semantics and the demands of its instruction, on
+// the machine of cuda_machine.h. Included by cuda_platform.h where the compiler is not nvcc.
 #pragma once
 
 #include <cmath>

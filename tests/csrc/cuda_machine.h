@@ -1,10 +1,10 @@
 // A CPU that runs CUDA's kernels as they are, block by block and thread by thread.
 //
 // Threads of a block are fibers that run one at a time until they have to wait; which one is next is random (and the
-// same in each run), so that an order that no barrier enforces is not to be relied on. A barrier waits for all threads of
-// the block, an instruction of a warp for its 32 lanes; where threads wait for others that never come, because they
-// have returned or wait elsewhere, the program ends with a message. Shared memory is a block of the heap of just its size,
-// so that AddressSanitizer sees what strays, and starts as NaNs. An asynchronous copy takes place when its thread
+// same in each run), so that an order that no barrier enforces is not to be relied on. A barrier waits for all threads
+// of the block, an instruction of a warp for its 32 lanes; where threads wait for others that never come, because they
+// have returned or wait elsewhere, the program ends with a message. Shared memory is a block of the heap of just its
+// size, so that AddressSanitizer sees what strays, and starts as NaNs. An asynchronous copy takes place when its thread
 // waits for it; until then its destination is NaNs too, and a wait or a barrier that is missing shows in the results.
 #pragma once
 

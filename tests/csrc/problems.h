@@ -128,9 +128,9 @@ std::vector<double> definition(const Problem<A>& p) {
 
 inline std::string description(const Shape& s) {
   char text[200];
-  std::snprintf(text, sizeof text, "B %d map %d %d %d window %d %d %d shift %d %d %d C %d S %d", int(s.batch), int(s.map[0]),
-                int(s.map[1]), int(s.map[2]), int(s.window[0]), int(s.window[1]), int(s.window[2]), int(s.shift[0]),
-                int(s.shift[1]), int(s.shift[2]), int(s.channels), int(s.groups));
+  std::snprintf(text, sizeof text, "B %d map %d %d %d window %d %d %d shift %d %d %d C %d S %d", int(s.batch),
+                int(s.map[0]), int(s.map[1]), int(s.map[2]), int(s.window[0]), int(s.window[1]), int(s.window[2]),
+                int(s.shift[0]), int(s.shift[1]), int(s.shift[2]), int(s.channels), int(s.groups));
   return text;
 }
 
@@ -138,7 +138,8 @@ struct Gradients {  // empty where there is none
   std::vector<double> x, table, matrix, bias, norm_weight, norm_bias;
 };
 
-// The gradients are tested by their meaning, all at once: <dz, z(p + h v) - z(p - h v)> / 2h = <gradients, v>, in double.
+// The gradients are tested by their meaning, all at once, in double:
+// <dz, z(p + h v) - z(p - h v)> / 2h = <gradients, v>.
 inline bool gradients_hold(const Problem<double>& p, const Gradients& gradients) {
   const double h = 1e-6;
   auto above = p, below = p;

@@ -27,7 +27,7 @@ bool shape_holds(const Shape& s) {
       const int64_t b = cls.locate(s, w, first);
       for (int64_t offset : offsets) ++seen[tokens.offset(b, first) + offset];
     }
-    const int64_t stride = pick(1, 40);
+    const int stride = int(pick(1, 40));
     auto walk = token_walk(cls, 0, 1), long_walk = token_walk(cls, 0, stride);
     int64_t place[kRank];
     for (int64_t i = 0; i < cls.tokens(); ++i, walk.next()) {
@@ -165,7 +165,7 @@ class Session {
   template <class Direction>
   void run(Call<T>& call, bool backward, bool mixing_grad, Direction&& direction) {
     const int64_t bytes = lay_out(call, backward, mixing_grad, nullptr);
-    const std::unique_ptr<char, void (*)(void*)> workspace(static_cast<char*>(std::aligned_alloc(256, bytes)), std::free);
+    const std::unique_ptr<char, void (*)(void*)> workspace((char*)std::aligned_alloc(256, bytes), std::free);
     std::memset(workspace.get(), 0xff, bytes);
     lay_out(call, backward, mixing_grad, workspace.get());
     EmulatedLauncher launcher;
@@ -252,17 +252,21 @@ const char* wrong(const Case<double>& c) {
 
 }  // namespace
 
-// test_cuda [first seed] [seconds]: 60 random problems, or as many as there is time for.
+// test_cuda [first seed] [seconds]: 40 random problems, or as many as there is time for.
 int main(int argc, char** argv) {
   const uint64_t first = argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 0;
   const double seconds = argc > 2 ? std::atof(argv[2]) : 0;
   const std::time_t start = std::time(nullptr);
   int passed = 0, failed = 0;
-  for (uint64_t seed = first; seconds > 0 ? std::difftime(std::time(nullptr), start) < seconds : seed < first + 60; ++seed) {
+  const auto goes_on = [&](uint64_t seed) {
+    return seconds > 0 ? std::difftime(std::time(nullptr), start) < seconds : seed < first + 40;
+  };
+  for (uint64_t seed = first; goes_on(seed); ++seed) {
     generator.seed(seed);
     const Case<double> c = random_case();
     const char* what = wrong(c);
-    if (what) std::printf("FAILED seed %llu: %s; %s\n", (unsigned long long)seed, what, description(c.problem.shape).c_str());
+    if (what)
+      std::printf("FAILED seed %llu: %s; %s\n", (unsigned long long)seed, what, description(c.problem.shape).c_str());
     ++(what ? failed : passed);
   }
   std::printf("%d passed, %d failed\n", passed, failed);
