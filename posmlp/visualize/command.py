@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from ..weights import load_checkpoint
 from .charts import draw_effects, draw_extents
 from .effect import gate_effects
 from .extent import extents
-from .gates import draw_bias_maps, draw_groups, draw_query_patterns
+from .gates import draw_bias_maps, draw_free_rows, draw_groups, draw_query_patterns
 from .page import Plate, write_page
 from .views import LevelView, view_levels
 
@@ -47,7 +47,7 @@ def run(
         device: where it runs.
 
     Returns: 0. Raises: `ValueError` for a level, group count or query that does not exist, or weights that
-        are not finite; what `load_model`, `find_device` and `read_image` raise. All of it before a file is written.
+        are not finite; what `load_model`, `find_device` and `read_image` raise. A file is written only after.
     """
     for name in ("matplotlib", "PIL"):
         optional(name)
@@ -65,7 +65,8 @@ def run(
     then = [earlier[level.number] for level in chosen] if earlier else []
     place = None if query is None else (query[0], query[1])
     plates = [draw_query_patterns(chosen, then, folder, groups, place)]
-    plates += [draw_groups(level, folder, place) for level in chosen]
+    plates += [draw_groups(level, folder, place) for level in chosen if level.last.table is not None]
+    plates += [draw_free_rows(level, folder) for level in chosen if level.last.matrix is not None]
     bias = draw_bias_maps(chosen, then, folder)
     plates += [] if bias is None else [bias]
     plates.append(draw_extents(extents(views), extents(earlier), folder))
@@ -123,25 +124,26 @@ def _write_page(
     before: str | None,
 ) -> None:
     lead = "What the gates of the model have learned, Z = (P X1 + b) * X2 with P from positions alone."
-    facts = _facts(network, card, views) + [("weights", weights)]
+    facts = [*_facts(network, card, views), ("weights", weights)]
     facts += [] if before is None else [("before", before)]
     write_page(folder / "index.html", f"{card.model}: where its tokens look", lead, facts, plates)
 
 
 def _facts(network: PosMLP, card: ModelCard, views: Sequence[LevelView]) -> list[tuple[str, str]]:
     cost = total(complexity(network, card.side))
-    gates = [level.blocks[0].gate for level in network.levels]
-    encoding = f"{gates[0].encoding}, groups by level: {', '.join(str(view.last.groups) for view in views)}"
+    shifted = any(any(block.gate.shift) for level in network.levels for block in level.blocks)
+
+    def by_level(values: Iterable[object]) -> str:
+        return ", ".join(map(str, values))
+
     return [
         ("model", card.model),
         ("parameters", f"{cost.parameters / 1e6:.2f} M"),
-        ("multiply-accumulates", f"{cost.macs / 1e9:.3g} G an image of {card.side} x {card.side}"),
-        ("encoding", encoding),
-        ("blocks", ", ".join(str(len(view.gates)) for view in views)),
-        ("windows", ", ".join("{} x {}".format(*view.last.window) for view in views) + " tokens"),
-        (
-            "shifted windows",
-            "yes" if any(any(b.gate.shift) for l in network.levels for b in l.blocks) else "no",
-        ),
-        ("stride", ", ".join(str(view.stride) for view in views) + " pixels a token"),
+        ("multiply-accumulates", f"{cost.macs / 1e9:.3g} G for {card.side} x {card.side} pixels"),
+        ("encoding", network.encoding),
+        ("groups, by level", by_level(view.last.groups for view in views)),
+        ("blocks", by_level(len(view.gates) for view in views)),
+        ("windows, in tokens", by_level("{} x {}".format(*view.last.window) for view in views)),
+        ("windows shift", "in every second block" if shifted else "nowhere"),
+        ("pixels a token", by_level(view.stride for view in views)),
     ]

@@ -11,15 +11,27 @@ from torch import Tensor
 
 from ..data import optional
 from .style import (
-    INK, MARGIN, MUTED, SIGNED, WEIGHTS, add_axes, colour_bar, colours, frame, heading, heading_height, new_figure,
-)  # fmt: skip
+    INK,
+    MARGIN,
+    MUTED,
+    SIGNED,
+    WEIGHTS,
+    add_axes,
+    colour_bar,
+    colours,
+    frame,
+    heading,
+    heading_height,
+    new_figure,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # Inches: between panels, a line of text above them, a row's name, and a colour bar with its numbers.
-GAP, TITLE, CELL_TITLE, LABEL, BAR, BAR_TEXT = 0.1, 0.2, 0.3, 0.32, 0.1, 0.75
+GAP, TITLE, CELL_TITLE, LABEL, BAR, BAR_TEXT = 0.1, 0.2, 0.25, 0.32, 0.1, 0.75
+TALLEST_BAR = 4.0
 
 
 @dataclass(frozen=True)
@@ -45,7 +57,8 @@ class Cell:
     Args:
         rows: all equally long, but for the last.
         labels: a name a row, or none.
-        signed: colours for both signs; otherwise for values from 0 up, by their root, so that faint ones show.
+        signed: colours for both signs; otherwise from 0 up, by a value's root, so that faint ones show.
+        side: of a panel, in inches.
         bar: what the colours mean.
     """
 
@@ -120,7 +133,7 @@ def draw_cell(figure: Figure, cell: Cell, left: float, top: float) -> None:
         y = next(y for panel, _, y in places if panel is row[0])
         _row_name(figure, label, left + 0.12, y + cell.side / 2)
     first, last = places[0][2], places[-1][2] + cell.side
-    bar = add_axes(figure, left + cell.size[0] - BAR - BAR_TEXT, first, BAR, last - first)
+    bar = add_axes(figure, left + cell.size[0] - BAR - BAR_TEXT, first, BAR, min(last - first, TALLEST_BAR))
     colour_bar(figure, image, bar, cell.bar)
     if cell.signed:
         bar.yaxis.set_major_locator(optional("matplotlib.ticker").MaxNLocator(4, symmetric=True))
