@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 def draw_extents(extents: Sequence[Extent], before: Sequence[Extent], folder: Path) -> Plate:
     """`extent.png`: the extent of every gate over its depth, and that of all gates up to there."""
-    note = "Root mean square distance from the token in the middle of a window to what it takes, in input pixels."
+    note = "Root mean square distance from a window's middle token to what it takes, in pixels of the input."
     width, left, side, high = 10.4, 0.6, 4.35, 2.75
     top = heading_height(note, width) + 0.6
     with new_figure(folder / "extent.png", (width, top + high + 0.55)) as figure:
@@ -50,8 +50,8 @@ def draw_extents(extents: Sequence[Extent], before: Sequence[Extent], folder: Pa
         "line over all groups, and dashed what taking the same from the whole window would give. Right: the "
         "same for a path through all gates up to a depth, which takes a random group in each: means add and "
         "variances add. Residual connections and convolutions are left out, and every step starts in the "
-        "middle of a window, so borders do not show: as long as windows stay in place, real paths stay inside, "
-        "however far the line runs beyond the window's side.",
+        "middle of a window, so borders do not show: real paths do not leave windows that stay in place, "
+        "even where the line rises above the window's side.",
         "Two charts over the model's depth, in pixels: the extent of each gate, and of all gates up to there",
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,40 @@ MOST_GROUPS = 64  # in a figure of all groups
 _QUERIES = 4  # along each side of a window, where the patterns of many queries are shown
 
 Query = tuple[int, int] | None
+
+
+class _Texts(NamedTuple):
+    """What a figure of one level says: its title, the note below it, its caption, what the colours mean."""
+
+    title: str
+    note: str
+    caption: str
+    bar: str
+
+
+_GAUSSIANS = _Texts(
+    "patterns and their Gaussians",
+    "Frame: the query. Dot: the centre; ring: it lies beyond. Solid, dashed: 1 and 2 standard deviations.",
+    "Every channel group's pattern for the query (orange frame), with the Gaussian that it comes from: the "
+    "dot is the centre, relative to the query, and a ring on the edge stands for a centre beyond the window; "
+    "solid and dashed ellipses lie one and two standard deviations away (covariance: the inverse of M M^T). "
+    "A pattern is this Gaussian at the tokens of the window, divided by its sum.",
+    "entry of P",
+)
+_TABLES = _Texts(
+    "learned relative table",
+    "The learned value of every displacement from the query (frame) to a key.",
+    "The learned relative table of every group: its value for each displacement from the query, in the "
+    "middle (orange frame), to a key. The pattern of a query is the part of it that its window covers.",
+    "entry of R",
+)
+_FREE_ROWS = _Texts(
+    "patterns of many queries",
+    "A free matrix has a pattern of its own for every query (framed).",
+    "What queries all over the window (orange frames) take from it, in the first group. With a free matrix "
+    "nothing ties one query's pattern to the next one's, as a relative encoding alone would.",
+    "entry of P",
+)
 
 
 def draw_query_patterns(
@@ -61,33 +96,36 @@ def draw_groups(level: LevelView, folder: Path, query: Query = None) -> Plate:
 
     Quadratic encodings show the query's patterns with centre and covariance, learned tables the table itself.
     """
-    view = level.last
-    panels, texts = (_tables(view), _TABLES) if view.center is None else (_gaussians(view, query), _GAUSSIANS)
-    count = "" if view.groups == 1 else f", {_count(min(view.groups, MOST_GROUPS), view.groups)}"
-    return _grid(level, panels[:MOST_GROUPS], texts, count, folder / f"groups_level{level.number}.png")
+    view, path = level.last, folder / f"groups_level{level.number}.png"
+    gaussian = view.center is not None
+    panels = (_gaussians(view, query) if gaussian else _tables(view))[:MOST_GROUPS]
+    columns = _COLUMNS if len(panels) > _COLUMNS else _COLUMNS // 2
+    rows = [panels[start : start + columns] for start in range(0, len(panels), columns)]
+    count = "" if view.groups == 1 else f", {_count(len(panels), view.groups)}"
+    return _grid(level, rows, _GAUSSIANS if gaussian else _TABLES, count, path)
 
 
 def draw_free_rows(level: LevelView, folder: Path) -> Plate:
     """`queries_level0.png`: where there is a free matrix, the patterns of queries all over the window."""
-    rows, columns = (_spread(side) for side in level.last.window)
-    queries = [(row, column) for row in rows for column in columns]
-    panels = [Panel(level.last.patterns(query)[0], "query {}, {}".format(*query), query) for query in queries]
-    return _grid(level, panels, _FREE_ROWS, "", folder / f"queries_level{level.number}.png")
+    down, across = (_spread(side) for side in level.last.window)
+    queries = [[(row, column) for column in across] for row in down]
+    rows = [
+        [Panel(level.last.patterns(query)[0], "query {}, {}".format(*query), query) for query in line]
+        for line in queries
+    ]
+    return _grid(level, rows, _FREE_ROWS, "", folder / f"queries_level{level.number}.png")
 
 
-def _grid(
-    level: LevelView, panels: Sequence[Panel], texts: tuple[str, str, str, str], count: str, path: Path
-) -> Plate:
-    """A figure of one level's last gate in rows of 4 or 8 panels, and its texts: title, note, caption, bar."""
-    title, note, caption, bar = texts
-    columns = 4 if len(panels) <= _QUERIES**2 else _COLUMNS
-    side = {4: 1.9, _COLUMNS: 1.1}[columns] if len(panels) > 1 else 3.0
-    rows = [panels[start : start + columns] for start in range(0, len(panels), columns)]
-    signed = not level.last.softmax
-    cell = Cell(rows, signed=signed, bar=bar, side=side)
-    draw_sheet(path, f"Level {level.number}, block {len(level.gates)}: {title}{count}", note, [cell], 11.0)
-    about = f"Level {level.number}: {title}"
-    return Plate(path, about, f"{caption} {_colours(signed)}", f"{about}, {len(panels)} panels")
+def _grid(level: LevelView, rows: Sequence[Sequence[Panel]], texts: _Texts, count: str, path: Path) -> Plate:
+    """A figure of one level's last gate."""
+    signed, columns = not level.last.softmax, len(rows[0])
+    side = 3.0 if columns == 1 else 1.9 if columns <= _COLUMNS // 2 else 1.1
+    cell = Cell(rows, signed=signed, bar=texts.bar, side=side)
+    title = f"Level {level.number}, block {len(level.gates)}: {texts.title}{count}"
+    draw_sheet(path, title, texts.note, [cell], width=11.0)
+    about = f"Level {level.number}: {texts.title}"
+    alt = f"{about}, {sum(map(len, rows))} panels"
+    return Plate(path, about, f"{texts.caption} {_colours(signed)}", alt)
 
 
 def draw_bias_maps(levels: Sequence[LevelView], before: Sequence[LevelView], folder: Path) -> Plate | None:
@@ -184,28 +222,3 @@ def _colours(signed: bool) -> str:
     if signed:
         return "Orange is positive, blue negative; these rows are not normalised."
     return "Every row sums to 1, and darker is more; colours follow the root, so that faint entries show."
-
-
-_GAUSSIANS = (
-    "patterns and their Gaussians",
-    "Frame: the query. Dot: the centre; ring: it lies beyond the edge. Solid, dashed: 1 and 2 standard deviations.",
-    "Every channel group's pattern for the query (orange frame), with the Gaussian that it comes from: the "
-    "dot is the centre, relative to the query, and a ring on the edge stands for a centre beyond the window; "
-    "solid and dashed ellipses lie one and two standard deviations away (covariance: the inverse of M M^T). "
-    "A pattern is this Gaussian at the tokens of the window, divided by its sum.",
-    "entry of P",
-)
-_TABLES = (
-    "learned relative table",
-    "The learned value of every displacement from the query (frame) to a key.",
-    "The learned relative table of every group: its value for each displacement from the query, in the "
-    "middle (orange frame), to a key. The pattern of a query is the part of it that its window covers.",
-    "entry of R",
-)
-_FREE_ROWS = (
-    "patterns of many queries",
-    "A free matrix has a pattern of its own for every query (framed).",
-    "What queries all over the window (orange frames) take from it, in the first group. With a free matrix "
-    "nothing ties one query's pattern to the next one's, as a relative encoding alone would.",
-    "entry of P",
-)

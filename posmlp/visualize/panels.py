@@ -124,7 +124,12 @@ def draw_cell(figure: Figure, cell: Cell, left: float, top: float) -> None:
     if cell.title:
         width, height = figure.get_size_inches()
         figure.text(
-            (left + cell.left) / width, 1 - (top + 0.02) / height, cell.title, weight="bold", va="top"
+            (left + cell.left) / width,
+            1 - (top + 0.02) / height,
+            cell.title,
+            size=11,
+            weight="bold",
+            va="top",
         )
     for panel, x, y in places:
         axis = add_axes(figure, x, y, cell.side, cell.side)
