@@ -18,7 +18,7 @@ from ..weights import load_checkpoint
 from .charts import draw_effects, draw_extents
 from .effect import gate_effects
 from .extent import extents
-from .gates import draw_bias_maps, draw_free_rows, draw_groups, draw_query_patterns
+from .gates import Query, draw_bias_maps, draw_free_rows, draw_groups, draw_query_patterns
 from .page import Plate, write_page
 from .views import LevelView, view_levels
 
@@ -56,25 +56,32 @@ def run(
     chosen = _choose(views, levels)
     _check(chosen, groups, query)
     earlier = [] if before is None else view_levels(_load_like(card, before))
-    network.to(find_device(device))
+    place = find_device(device)
+    network.to(place)
     pictures = [(Path(name).name, read_image(name, card)) for name in image]
-    effects = [gate_effects(network, pixels, [level.number for level in chosen]) for _, pixels in pictures]
+    numbers = [level.number for level in chosen]
+    effects = [gate_effects(network, pixels.to(place), numbers) for _, pixels in pictures]
 
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    then = [earlier[level.number] for level in chosen] if earlier else []
-    place = None if query is None else (query[0], query[1])
-    plates = [draw_query_patterns(chosen, then, folder, groups, place)]
-    plates += [draw_groups(level, folder, place) for level in chosen if level.last.table is not None]
-    plates += [draw_free_rows(level, folder) for level in chosen if level.last.matrix is not None]
-    bias = draw_bias_maps(chosen, then, folder)
-    plates += [] if bias is None else [bias]
+    then = [earlier[number] for number in numbers] if earlier else []
+    plates = _draw_gates(chosen, then, folder, groups, None if query is None else (query[0], query[1]))
     plates.append(draw_extents(extents(views), extents(earlier), folder))
     for i, ((name, pixels), effect) in enumerate(zip(pictures, effects, strict=True), 1):
         plates.append(draw_effects(_picture(pixels, card), effect, folder, i, name))
     _write_page(folder, network, card, views, plates, weights, before)
     print(f"{len(plates)} figures are in {folder}, and all of them in {folder / 'index.html'}")
     return 0
+
+
+def _draw_gates(
+    levels: Sequence[LevelView], before: Sequence[LevelView], folder: Path, groups: int, query: Query
+) -> list[Plate]:
+    plates = [draw_query_patterns(levels, before, folder, groups, query)]
+    plates += [draw_groups(level, folder, query) for level in levels if level.last.table is not None]
+    plates += [draw_free_rows(level, folder) for level in levels if level.last.matrix is not None]
+    bias = draw_bias_maps(levels, before, folder)
+    return plates if bias is None else [*plates, bias]
 
 
 def _choose(views: Sequence[LevelView], levels: Sequence[int] | None) -> list[LevelView]:

@@ -163,12 +163,8 @@ def test_effects_are_what_the_gate_computes(encoding):
     groups = 1 if encoding == "sgu" else (2, 4)
     model = create_model("posmlp_nano", encoding=encoding, groups=groups, shift=True, windows=(5, 3)).eval()
     pixels = torch.randn(3, 32, 40)
-    caught = {}
-    last = [level.blocks[-1].gate for level in model.levels]
-    hooks = [
-        g.register_forward_hook(lambda m, x, z, i=i: caught.update({i: (x[0], z)}))
-        for i, g in enumerate(last)
-    ]
+    last, caught = [level.blocks[-1].gate for level in model.levels], {}
+    hooks = [g.register_forward_hook(lambda m, x, z: caught.update({m: (x[0], z)})) for g in last]
     with torch.no_grad():
         model(pixels.unsqueeze(0))
     for hook in hooks:
