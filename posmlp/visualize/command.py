@@ -146,7 +146,7 @@ def _facts(network: PosMLP, card: ModelCard, views: Sequence[LevelView]) -> list
     return [
         ("model", card.model),
         ("parameters", f"{cost.parameters / 1e6:.2f} M"),
-        ("multiply-accumulates", f"{cost.macs / 1e9:.3g} G for {card.side} x {card.side} pixels"),
+        ("multiply-accumulates", f"{cost.macs / 1e6:,.2f} M for {card.side} x {card.side} pixels"),
         ("encoding", network.encoding),
         ("groups, by level", by_level(view.last.groups for view in views)),
         ("blocks", by_level(len(view.gates) for view in views)),

@@ -215,7 +215,7 @@ def _numbers(levels: Sequence[LevelView]) -> str:
 def _compared(before: bool) -> str:
     if before:
         return "Before and after are the two files of weights, in the last block of each level."
-    return "The first and the last block of each level stand side by side, where it has several."
+    return "Where a level has several blocks, its first and its last are compared."
 
 
 def _colours(signed: bool) -> str:

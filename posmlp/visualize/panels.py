@@ -58,7 +58,7 @@ class Cell:
         rows: all equally long, but for the last.
         labels: a name a row, or none.
         signed: colours for both signs; otherwise from 0 up, by a value's root, so that faint ones show.
-        side: of a panel, in inches.
+        side: a panel's width in inches.
         bar: what the colours mean.
     """
 
@@ -82,9 +82,15 @@ class Cell:
         return width, self._top + sum(self.heights) + GAP * (len(self.rows) - 1)
 
     @property
+    def panel_height(self) -> float:
+        """Inches: less than a panel's width for flat windows, but enough for a row's name."""
+        height, width = self.rows[0][0].values.shape
+        return self.side * min(1.0, max(0.5, height / width))
+
+    @property
     def heights(self) -> list[float]:
         """Of each row, with the titles of its panels."""
-        return [self.side + (TITLE if any(panel.title for panel in row) else 0) for row in self.rows]
+        return [self.panel_height + TITLE * any(panel.title for panel in row) for row in self.rows]
 
     @property
     def _top(self) -> float:
@@ -96,7 +102,7 @@ class Cell:
         for row, height in zip(self.rows, self.heights, strict=True):
             below += height
             for column, panel in enumerate(row):
-                yield panel, left + self.left + column * (self.side + GAP), below - self.side
+                yield panel, left + self.left + column * (self.side + GAP), below - self.panel_height
             below += GAP
 
 
@@ -132,12 +138,12 @@ def draw_cell(figure: Figure, cell: Cell, left: float, top: float) -> None:
             va="top",
         )
     for panel, x, y in places:
-        axis = add_axes(figure, x, y, cell.side, cell.side)
+        axis = add_axes(figure, x, y, cell.side, cell.panel_height)
         image = _draw_panel(axis, panel, scale)
     for row, label in zip(cell.rows, cell.labels, strict=False):
         y = next(y for panel, _, y in places if panel is row[0])
-        _row_name(figure, label, left + 0.12, y + cell.side / 2)
-    first, last = places[0][2], places[-1][2] + cell.side
+        _row_name(figure, label, left + 0.12, y + cell.panel_height / 2)
+    first, last = places[0][2], places[-1][2] + cell.panel_height
     bar = add_axes(figure, left + cell.size[0] - BAR - BAR_TEXT, first, BAR, min(last - first, TALLEST_BAR))
     colour_bar(figure, image, bar, cell.bar)
     if cell.signed:
