@@ -183,9 +183,7 @@ def _add_visualize(commands: argparse._SubParsersAction) -> None:
     visualize.add_argument(
         "--image", nargs="+", default=(), metavar="FILE", help="images to show the gates' effect on"
     )
-    visualize.add_argument(
-        "--device", metavar="NAME", help="cpu, cuda, cuda:1 ... (default: a GPU if there is)"
-    )
+    _add_device(visualize)
     visualize.set_defaults(run=_visualize)
 
 
