@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import statistics
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -100,17 +101,19 @@ def as_csv(results: Results) -> str:
 def _preface(results: Results) -> str:
     plan, (training, validation) = results.plan, results.images
     recipe, side = plan.recipe, plan.models.side
+    digits = "scikit-learn's handwritten digits, a small real data set and not ImageNet: "
     seeds = "one seed" if plan.seeds == 1 else f"mean and standard deviation of {plan.seeds} seeds"
-    return (
-        f"Trained on {training} images and judged on {validation} others, {side} x {side} pixels: a small data "
-        "set, which shows how rows compare on it, and not what they would reach on ImageNet. One of the "
-        f"{validation} images is {100 / validation:.2f} %. Top-1 in percent and cross entropy after the last of "
-        f"{recipe.total_epochs} epochs, {seeds}. All rows have the same recipe, seeds, and order and distortions "
-        f"of the images; encodings learn at {recipe.position_lr:g} times the rate of weights, free matrices at "
-        "that of weights. Versions: "
-        + ", ".join(f"{name} {version}" for name, version in results.versions.items())
-        + "."
+    versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
+    text = (
+        f"Trained on {training} images and judged on {validation} others, {side} x {side} pixels"
+        f"{', of ' + digits if plan.data == 'digits' else ': '}"
+        "the tables say how rows compare here, and not what they would reach on other data. Top-1 in percent "
+        f"(one image is {100 / validation:.2f}) and cross entropy, {seeds}, after the last of "
+        f"{recipe.total_epochs} epochs. All rows have the same recipe, seeds, and order and distortions of "
+        f"the images; encodings learn at {recipe.position_lr:g} times the rate of weights, free matrices at "
+        f"that of weights. MACs count the position maps as the paper does, entry by entry."
     )
+    return textwrap.fill(text, 110) + f"\n\nVersions: {versions}."
 
 
 def _training_table(results: Results, rows: Sequence[Row]) -> list[list[str]]:
