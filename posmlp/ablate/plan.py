@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..train.recipe import RECIPES, Recipe, Settings
-from .scales import SCALES, Levels, Scale
+from .scales import SCALES, Elsewhere, Scale
 from .tables import TABLES, Row
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training run: its row's name, its settings, and the image sizes to look at it too, with windows."""
+    """One training run: its row's name, its settings, and where else its weights are looked at."""
 
     row: str
     settings: Settings
-    larger: Mapping[int, Levels]
+    elsewhere: Sequence[Elsewhere]
 
     def __str__(self) -> str:
         return f"{self.row}, seed {self.settings.recipe.seed}"
@@ -79,9 +79,10 @@ class Plan:
     def runs(self) -> list[Run]:
         """All runs that the tables need, each once."""
         rows = {row.name: row for table in self.rows().values() for row in table}
-        larger = {row.name for row in self.rows().get("transfer", ())}
+        transferred = {row.name for row in self.rows().get("transfer", ())}
+        elsewhere = self.models.elsewhere
         return [
-            Run(row.name, self._settings(row, seed), self.models.larger if row.name in larger else {})
+            Run(row.name, self._settings(row, seed), elsewhere if row.name in transferred else ())
             for row in rows.values()
             for seed in range(self.seeds)
         ]

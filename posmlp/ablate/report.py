@@ -21,6 +21,7 @@ from ..tables import markdown, short
 from ..train.folder import RunFolder
 from .plan import Plan, Run
 from .runs import Outcome
+from .scales import Elsewhere
 from .tables import TABLES, Row
 
 _ENCODING = ("center", "factor", "scale", "table", "matrix")  # a gate's parameters that mix tokens
@@ -83,17 +84,17 @@ def as_markdown(results: Results, command: str) -> str:
 def as_csv(results: Results) -> str:
     """A line for each run of each table's rows; what a row varies is one column."""
     text = io.StringIO()
-    fields = ("table", "row", "model", "seed", "top1", "loss", "parameters", "macs", "numbers", "larger")
+    fields = ("table", "row", "model", "seed", "top1", "loss", "parameters", "macs", "numbers", "elsewhere")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(fields)
     for table, rows in results.plan.rows().items():
         for row in rows:
             size, label = results.size(row), ", ".join(row.cells.values()).replace("`", "")
             for seed, outcome in enumerate(results.of(row)):
-                larger = " ".join(f"{side}:{top1:.2f}" for side, top1 in outcome.larger.items())
+                elsewhere = "; ".join(f"{place}: {top1:.3f}" for place, top1 in outcome.elsewhere.items())
                 writer.writerow(
                     [table, label, row.name, seed, f"{outcome.top1:.3f}", f"{outcome.loss:.5f}",
-                     size.parameters, size.macs, size.numbers, larger]
+                     size.parameters, size.macs, size.numbers, elsewhere]
                 )  # fmt: skip
     return text.getvalue()
 
@@ -128,12 +129,11 @@ def _training_table(results: Results, rows: Sequence[Row]) -> list[list[str]]:
 
 def _transfer_table(results: Results, rows: Sequence[Row]) -> list[list[str]]:
     scale = results.plan.models
-    sides = {scale.side: scale.posmlp.windows, **scale.larger}
-    heads = [f"top-1 at {side}, windows {' '.join(map(str, windows))}" for side, windows in sides.items()]
-    table = [[*rows[0].cells, *heads]]
+    places = [str(place) for place in scale.elsewhere]
+    table = [[*rows[0].cells, str(Elsewhere(scale.side, scale.posmlp.windows)), *places]]
     for row in rows:
         outcomes = results.of(row)
-        scores = [[o.top1 for o in outcomes], *([o.larger[side] for o in outcomes] for side in scale.larger)]
+        scores = [[o.top1 for o in outcomes], *([o.elsewhere[p] for o in outcomes] for p in places)]
         table.append([*row.cells.values(), *(_spread(values, 2) for values in scores)])
     return table
 

@@ -31,7 +31,7 @@ from ..train.trainer import StoppedError
 from ..train.world import World
 from ..transfer import transfer_weights
 from .plan import Run
-from .scales import Levels
+from .scales import Elsewhere
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,12 @@ class Outcome:
     Args:
         top1: percent.
         loss: mean cross entropy.
-        larger: top-1 of the same weights at other image sizes, by their sides.
+        elsewhere: top-1 of the same weights at other image sizes and windows, by `str(Elsewhere)`.
     """
 
     top1: float
     loss: float
-    larger: dict[int, float]
+    elsewhere: dict[str, float]
 
 
 def finished(run: Run) -> Outcome | None:
@@ -59,17 +59,17 @@ def finished(run: Run) -> Outcome | None:
         return None
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        outcome = Outcome(values["top1"], values["loss"], {int(k): v for k, v in values["larger"].items()})
+        outcome = Outcome(float(values["top1"]), float(values["loss"]), dict(values["elsewhere"]))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is not what a run came to: {error!r}") from error
-    return outcome if run.larger.keys() <= outcome.larger.keys() else None
+    return outcome if all(str(place) in outcome.elsewhere for place in run.elsewhere) else None
 
 
 def perform(run: Run) -> Outcome:
-    """Train, or go on where the run was left, and look at the weights at the other image sizes."""
+    """Train, or go on where the run was left, and look at the weights elsewhere."""
     last = train(run.settings, resume=_begun(run), shown=False)[-1]
-    larger = {side: _top1_at(run.settings, side, windows) for side, windows in run.larger.items()}
-    outcome = Outcome(last["val_top1"], last["val_loss"], larger)
+    elsewhere = {str(place): _top1_at(run.settings, place) for place in run.elsewhere}
+    outcome = Outcome(last["val_top1"], last["val_loss"], elsewhere)
     write_text(_outcome_path(run), json.dumps(dataclasses.asdict(outcome), indent=2) + "\n")
     return outcome
 
@@ -145,11 +145,11 @@ def _outcome_path(run: Run) -> Path:
     return Path(run.settings.out) / "outcome.json"
 
 
-def _top1_at(settings: Settings, side: int, windows: Levels) -> float:
-    """Top-1 of a run's last weights on the validation images at another size, in percent."""
+def _top1_at(settings: Settings, place: Elsewhere) -> float:
+    """Top-1 of a run's last weights on the validation images at another size and windows, in percent."""
     weights = RunFolder(settings.out).weights("last")
-    card = dataclasses.replace(ModelCard.load(weights), side=side)
-    model = create_model(card.model, **card.options | {"windows": windows, "img_size": side})
+    card = dataclasses.replace(ModelCard.load(weights), side=place.side)
+    model = create_model(card.model, **card.options | {"windows": place.windows, "img_size": place.side})
     transfer_weights(model, weights, interpolate_free=True)
     device = find_device(settings.device)
     loader = EvaluationLoader(

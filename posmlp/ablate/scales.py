@@ -31,6 +31,17 @@ class Base:
 
 
 @dataclass(frozen=True)
+class Elsewhere:
+    """An image size and windows by level, other than those of the training."""
+
+    side: int
+    windows: Levels
+
+    def __str__(self) -> str:
+        return f"{self.side}, windows {' '.join(map(str, self.windows))}"
+
+
+@dataclass(frozen=True)
 class Scale:
     """What is compared at a scale.
 
@@ -40,7 +51,7 @@ class Scale:
         recipe: a name of `RECIPES`.
         epochs: of a run.
         groups, windows: what the tables on PosMLP's groups and windows try, its own among them.
-        larger: other image sizes with the windows for them, to which trained weights are transferred.
+        elsewhere: what PosMLP's trained weights are transferred to.
     """
 
     gmlp: Base
@@ -50,7 +61,7 @@ class Scale:
     epochs: int
     groups: Sequence[Levels]
     windows: Sequence[Levels]
-    larger: Mapping[int, Levels]
+    elsewhere: Sequence[Elsewhere]
 
 
 _SMALL_GMLP = {"dims": (64,), "depths": 4, "ratios": 4, "patch_size": 4}
@@ -64,7 +75,12 @@ SCALES = {
         epochs=12,
         groups=((1, 1), (2, 4), (4, 8), (8, 16), (16, 32)),
         windows=((2, 2), (4, 2), (4, 4), (8, 4)),
-        larger={48: (12, 6), 64: (16, 8)},
+        elsewhere=(
+            Elsewhere(32, (5, 4)),
+            Elsewhere(32, (10, 5)),
+            Elsewhere(48, (12, 6)),
+            Elsewhere(64, (16, 8)),
+        ),
     ),
     "tiny": Scale(
         Base("gMLP", "gmlp_s16", groups=(32,), windows=(14,), ending="_ggqpe"),
@@ -74,6 +90,11 @@ SCALES = {
         epochs=300,
         groups=((1, 1, 1, 1), (4, 8, 16, 32), (8, 16, 32, 64), (16, 32, 64, 128)),
         windows=((7, 7, 7, 7), (14, 14, 14, 7), (28, 28, 14, 7)),
-        larger={288: (18, 18, 18, 9), 384: (24, 24, 24, 12)},
+        elsewhere=(
+            Elsewhere(224, (12, 12, 12, 6)),
+            Elsewhere(288, (18, 18, 18, 9)),
+            Elsewhere(384, (12, 12, 24, 12)),
+            Elsewhere(384, (24, 24, 24, 12)),
+        ),
     ),
 }

@@ -114,9 +114,10 @@ TABLES = {
         "Covariance", "GGQPE with one scale a group, or with a general covariance.", _covariance
     ),
     "transfer": Table(
-        "Other image sizes without more training",
-        "The weights of PosMLP's rows above on larger images, windows in proportion. A quadratic encoding "
-        "counts tokens and is kept; tables are stretched, and free matrices only when asked.",
+        "Other windows and image sizes, without more training",
+        "Top-1 of PosMLP's weights as trained (first column of figures), and at other sizes and windows. A "
+        "quadratic encoding is kept, and counts tokens: of larger images it sees a smaller part. Tables are "
+        "stretched with the window, and so are free matrices, where that was asked for.",
         _transfer,
     ),
 }
