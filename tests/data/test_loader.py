@@ -80,7 +80,7 @@ def indices(batches) -> list[int]:
     count=st.integers(1, 60), batch=st.integers(1, 5), world=st.integers(1, 3), accumulate=st.integers(1, 3),
     start=st.integers(0, 5), epoch=st.integers(0, 1000), seed=st.integers(0, 2**31 - 1),
 )  # fmt: skip
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80, deadline=None, derandomize=True)
 def test_processes_and_accumulation_share_out_an_epoch(count, batch, world, accumulate, start, epoch, seed):
     per_update = batch * world * accumulate
     if per_update > count:
@@ -199,7 +199,7 @@ def test_pinned_memory(workers):
     count=st.integers(1, 40), batch=st.integers(1, 7), world=st.integers(1, 5),
     broken=st.sets(st.integers(0, 39)),
 )  # fmt: skip
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80, deadline=None, derandomize=True)
 def test_evaluation_sees_every_image_once(count, batch, world, broken):
     source = Numbers(count, broken)
     seen, said = [], []
