@@ -77,7 +77,7 @@ def as_markdown(results: Results, command: str) -> str:
     for name, rows in results.plan.rows().items():
         table = TABLES[name]
         write = _transfer_table if name == "transfer" else _training_table
-        parts += [f"## {table.title}", table.text, markdown(write(results, rows))]
+        parts += [f"## {table.title}", table.text, markdown(*write(results, rows))]
     return "\n\n".join(parts) + "\n"
 
 
@@ -117,25 +117,27 @@ def _preface(results: Results) -> str:
     return textwrap.fill(text, 110) + f"\n\nVersions: {versions}."
 
 
-def _training_table(results: Results, rows: Sequence[Row]) -> list[list[str]]:
-    table = [[*rows[0].cells, "numbers, all gates", "parameters", "MACs", "top-1", "loss"]]
+def _training_table(results: Results, rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows."""
+    header, table = [*rows[0].cells, "numbers, all gates", "parameters", "MACs", "top-1", "loss"], []
     for row in rows:
         size, outcomes = results.size(row), results.of(row)
         counts = [f"{size.numbers:,}", f"{size.parameters:,}", short(size.macs)]
         scores = [_spread([o.top1 for o in outcomes], 2), _spread([o.loss for o in outcomes], 3)]
         table.append([*row.cells.values(), *counts, *scores])
-    return table
+    return header, table
 
 
-def _transfer_table(results: Results, rows: Sequence[Row]) -> list[list[str]]:
+def _transfer_table(results: Results, rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows."""
     scale = results.plan.models
     places = [str(place) for place in scale.elsewhere]
-    table = [[*rows[0].cells, str(Elsewhere(scale.side, scale.posmlp.windows)), *places]]
+    header, table = [*rows[0].cells, str(Elsewhere(scale.side, scale.posmlp.windows)), *places], []
     for row in rows:
         outcomes = results.of(row)
         scores = [[o.top1 for o in outcomes], *([o.elsewhere[p] for o in outcomes] for p in places)]
         table.append([*row.cells.values(), *(_spread(values, 2) for values in scores)])
-    return table
+    return header, table
 
 
 def _spread(values: Sequence[float], digits: int) -> str:
