@@ -72,7 +72,7 @@ SCALES = {
         Base("PosMLP", "posmlp_nano", groups=(8, 16), windows=(8, 4), options={"dims": (32, 64)}),
         side=32,
         recipe="digits",
-        epochs=12,
+        epochs=10,
         groups=((1, 1), (2, 4), (4, 8), (8, 16), (16, 32)),
         windows=((2, 2), (4, 2), (4, 4), (8, 4)),
         elsewhere=(
