@@ -24,6 +24,7 @@ from .runs import Outcome
 from .scales import Elsewhere
 from .tables import TABLES, Row
 
+_WIDTH = 110  # of the text, in characters
 _ENCODING = ("center", "factor", "scale", "table", "matrix")  # a gate's parameters that mix tokens
 
 
@@ -77,7 +78,7 @@ def as_markdown(results: Results, command: str) -> str:
     for name, rows in results.plan.rows().items():
         table = TABLES[name]
         write = _transfer_table if name == "transfer" else _training_table
-        parts += [f"## {table.title}", table.text, markdown(*write(results, rows))]
+        parts += [f"## {table.title}", textwrap.fill(table.text, _WIDTH), markdown(*write(results, rows))]
     return "\n\n".join(parts) + "\n"
 
 
@@ -114,7 +115,7 @@ def _preface(results: Results) -> str:
         f"the images; encodings learn at {recipe.position_lr:g} times the rate of weights, free matrices at "
         f"that of weights. MACs count the position maps as the paper does, entry by entry."
     )
-    return textwrap.fill(text, 110) + f"\n\nVersions: {versions}."
+    return textwrap.fill(text, _WIDTH) + f"\n\nVersions: {versions}."
 
 
 def _training_table(results: Results, rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
