@@ -7,9 +7,10 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from posmlp.tables import markdown
+
 from .gate_cases import BACKWARD, FORWARD
 from .gpu_targets import fastest, gpu_targets, parts, share
-from .markdown import table
 
 NOT_YET = "Not yet measured on a GPU: `make gpu` does it in ten minutes and fills in this part."
 _BASELINES = ("plain", "plain, compiled", "original", "original, compiled", "reference")
@@ -60,7 +61,7 @@ def stage_table(run: dict) -> str:
                 title = f"{row['case']}, {row['direction']} ({name})"
                 copied = f"{100 * share(row, name, 'copy'):.0f} %"
                 rows.append([title, _time(row, name), copied, *_ratios(row, name, _BASELINES[:4])])
-    return table(header, rows)
+    return markdown(header, rows)
 
 
 def case_table(run: dict) -> str:
@@ -76,7 +77,7 @@ def case_table(run: dict) -> str:
                     rows.append([title, name, *_cells(row, name)])
                 elif name in row["failures"]:
                     rows.append([title, name, row["failures"][name].replace("|", "/"), *[""] * 10])
-    return table(header, rows)
+    return markdown(header, rows)
 
 
 def _cells(row: dict, name: str) -> list[str]:
@@ -118,7 +119,7 @@ def launch_table(run: dict) -> str:
         for part in parts(run, "launch")
         for row in part["rows"]
     ]
-    return table(("forward at batch 1", "by", "host time", "launches"), rows) if rows else ""
+    return markdown(("forward at batch 1", "by", "host time", "launches"), rows) if rows else ""
 
 
 def model_table(run: dict) -> str:
@@ -132,7 +133,7 @@ def model_table(run: dict) -> str:
                 memory = (_gigabytes(row.get("memory", {}).get(each)) for each in both)
                 rows.append([f"{row['what']}, batch {row['batch']}", name, *rates, *memory])
     header = ("model", "", "images/s, eager", "images/s, compiled", "peak, eager", "peak, compiled")
-    return table(header, rows) if rows else ""
+    return markdown(header, rows) if rows else ""
 
 
 def _rate(row: dict, name: str) -> str:
@@ -145,10 +146,10 @@ def _gigabytes(size: int | None) -> str:
 
 def target_table(run: dict) -> str:
     """What is to be reached, and what was."""
-    return table(("quantity", "measured", "target", "holds"), (t.cells() for t in gpu_targets(run)))
+    return markdown(("quantity", "measured", "target", "holds"), (t.cells() for t in gpu_targets(run)))
 
 
 def step_table(run: dict) -> str:
     """The steps of the run: tests, sanitizers, measurements."""
     rows = ([s["step"], s["outcome"], f"{s['seconds']} s", s["said"].replace("|", "/")] for s in run["steps"])
-    return table(("step", "outcome", "took", "its last line"), rows)
+    return markdown(("step", "outcome", "took", "its last line"), rows)

@@ -13,8 +13,9 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from posmlp.tables import markdown
+
 from .gpu_tables import details_of, load_runs, summary_of
-from .markdown import table
 from .targets import ORIGINAL, Target, gate_targets, model_targets
 from .timing import version
 
@@ -83,7 +84,7 @@ def gate_table(results: dict) -> str:
     """The four stages of PosMLP-T, as initialised."""
     header = ("gate of PosMLP-T", "ours", "of sgemm", "best plain PyTorch", "original", "original, compiled")
     rows = [row for row in results["rows"] if re.fullmatch(r"stage \d", row["case"])]
-    return table(header, (_gate_cells(row) for row in rows))
+    return markdown(header, (_gate_cells(row) for row in rows))
 
 
 def half_table(half: dict, single: dict) -> str:
@@ -100,13 +101,13 @@ def half_table(half: dict, single: dict) -> str:
         ]
         for row in half["rows"]
     )
-    return table(header, cells)
+    return markdown(header, cells)
 
 
 def case_table(results: dict) -> str:
     """Every case."""
     header = ("gate", "ours", "of sgemm", "of oneDNN", "of the copy rate", "best plain PyTorch", "original")
-    return table(header, (_case_cells(row) for row in results["rows"]))
+    return markdown(header, (_case_cells(row) for row in results["rows"]))
 
 
 def _gate_cells(row: dict) -> list[str]:
@@ -143,7 +144,7 @@ def memory_table(results: dict) -> str:
     rows = [row for row in results["rows"] if "memory" in row]
     names = ("ours", "plain", "original")
     cells = ([row["case"], *(_megabytes(row["memory"][name]) for name in names)] for row in rows)
-    return table(("forward + backward", "ours", "best plain PyTorch", "original"), cells)
+    return markdown(("forward + backward", "ours", "best plain PyTorch", "original"), cells)
 
 
 def model_table(results: dict) -> str:
@@ -156,7 +157,7 @@ def model_table(results: dict) -> str:
         if name in rows[0]["times"]:
             memory = (_megabytes(row["memory"][name]) for row in rows if "memory" in row)
             lines.append([shown, *(_both(row["times"], name) for row in rows), *memory])
-    return table(header, lines)
+    return markdown(header, lines)
 
 
 def _both(times: dict, name: str) -> str:
@@ -180,13 +181,13 @@ def ceiling_table(results: dict) -> str:
         [units[name], *(f"{rate[column] / 1e9:.0f}" for column in columns)]
         for name, rate in results["ceilings"].items()
     )
-    return table(("ceiling", *columns), cells)
+    return markdown(("ceiling", *columns), cells)
 
 
 def target_table(targets: Iterable[Target]) -> str:
     """What is to be reached, and what was."""
     header = ("quantity", "measured", "target", "by products alone", "holds")
-    return table(header, (target.cells_with_products() for target in targets))
+    return markdown(header, (target.cells_with_products() for target in targets))
 
 
 def main(arguments: list[str] | None = None) -> None:

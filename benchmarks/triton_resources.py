@@ -24,9 +24,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
+from posmlp.tables import markdown
 from posmlp_kernels.pos_gate import triton_launch
-
-from .markdown import table
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs" / "gpu.md"
@@ -172,7 +171,7 @@ def fill(text: str, results: dict) -> str:
         for call in CALLS
         for name in ("gate", "backward")
     ]
-    filled = table(("call: kernel", *shown), rows)
+    filled = markdown(("call: kernel", *shown), rows)
     return re.sub(
         r"<!-- compiled -->.*?<!-- end -->", f"<!-- compiled -->\n{filled}\n<!-- end -->", text, flags=re.S
     )

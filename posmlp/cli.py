@@ -1,4 +1,4 @@
-"""The command line: `posmlp demo`, `train`, `eval`, `predict`, `visualize`, `info`.
+"""The command line: `posmlp demo`, `train`, `eval`, `predict`, `visualize`, `info`, `ablate`.
 
 Torch is imported by the subcommands, not here, so that help and mistakes answer at once.
 """
@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from .ablate.options import add_ablate
 from .train.options import add_train
 
 FAILED, INTERRUPTED = 2, 130
@@ -62,6 +63,7 @@ def build_parser() -> Parser:
     _add_predict(commands)
     _add_info(commands)
     _add_visualize(commands)
+    add_ablate(commands)
     return parser
 
 
@@ -183,9 +185,7 @@ def _add_visualize(commands: argparse._SubParsersAction) -> None:
     visualize.add_argument(
         "--image", nargs="+", default=(), metavar="FILE", help="images to show the gates' effect on"
     )
-    visualize.add_argument(
-        "--device", metavar="NAME", help="cpu, cuda, cuda:1 ... (default: a GPU if there is)"
-    )
+    _add_device(visualize)
     visualize.set_defaults(run=_visualize)
 
 

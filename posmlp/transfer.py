@@ -32,8 +32,9 @@ Window = tuple[int, ...]
 def transfer_weights(model: PosMLP, path: str | os.PathLike, *, interpolate_free: bool = False) -> list[str]:
     """Load weights that were trained at other windows, at another image size or for other classes.
 
-    The windows of the weights are those of the model card beside them, if there is one; otherwise learned
-    tables tell, and biases and free matrices are taken to be of square windows.
+    Learned tables tell the windows of the weights. For biases and free matrices the model card beside the
+    weights does; without one they are of the model's own windows where the number of tokens agrees, else of
+    square ones.
 
     Args:
         model: of the same family as the weights; it is left untouched if anything is wrong.

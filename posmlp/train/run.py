@@ -170,6 +170,10 @@ def run(options: Mapping[str, Any], recipe: str | None, resume: bool) -> int:
     settings = resolve(options, recipe, resume)
     try:
         train(settings, resume)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise OSError(f"a process that loads images was lost ({error}); --resume goes on") from error
     except StoppedError as stop:
         print(f"stopped; `posmlp train --resume --out {shlex.quote(settings.out)}` goes on")
         return 128 + int(stop.args[0])

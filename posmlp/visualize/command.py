@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from ..weights import load_checkpoint
 from .charts import draw_effects, draw_extents
 from .effect import gate_effects
 from .extent import extents
-from .gates import draw_bias_maps, draw_groups, draw_query_patterns
+from .gates import Query, draw_bias_maps, draw_free_rows, draw_groups, draw_query_patterns
 from .page import Plate, write_page
 from .views import LevelView, view_levels
 
@@ -47,7 +47,7 @@ def run(
         device: where it runs.
 
     Returns: 0. Raises: `ValueError` for a level, group count or query that does not exist, or weights that
-        are not finite; what `load_model`, `find_device` and `read_image` raise. All of it before a file is written.
+        are not finite; what `load_model`, `find_device` and `read_image` raise. A file is written only after.
     """
     for name in ("matplotlib", "PIL"):
         optional(name)
@@ -56,24 +56,32 @@ def run(
     chosen = _choose(views, levels)
     _check(chosen, groups, query)
     earlier = [] if before is None else view_levels(_load_like(card, before))
-    network.to(find_device(device))
+    place = find_device(device)
+    network.to(place)
     pictures = [(Path(name).name, read_image(name, card)) for name in image]
-    effects = [gate_effects(network, pixels, [level.number for level in chosen]) for _, pixels in pictures]
+    numbers = [level.number for level in chosen]
+    effects = [gate_effects(network, pixels.to(place), numbers) for _, pixels in pictures]
 
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    then = [earlier[level.number] for level in chosen] if earlier else []
-    place = None if query is None else (query[0], query[1])
-    plates = [draw_query_patterns(chosen, then, folder, groups, place)]
-    plates += [draw_groups(level, folder, place) for level in chosen]
-    bias = draw_bias_maps(chosen, then, folder)
-    plates += [] if bias is None else [bias]
+    then = [earlier[number] for number in numbers] if earlier else []
+    plates = _draw_gates(chosen, then, folder, groups, None if query is None else (query[0], query[1]))
     plates.append(draw_extents(extents(views), extents(earlier), folder))
     for i, ((name, pixels), effect) in enumerate(zip(pictures, effects, strict=True), 1):
         plates.append(draw_effects(_picture(pixels, card), effect, folder, i, name))
     _write_page(folder, network, card, views, plates, weights, before)
     print(f"{len(plates)} figures are in {folder}, and all of them in {folder / 'index.html'}")
     return 0
+
+
+def _draw_gates(
+    levels: Sequence[LevelView], before: Sequence[LevelView], folder: Path, groups: int, query: Query
+) -> list[Plate]:
+    plates = [draw_query_patterns(levels, before, folder, groups, query)]
+    plates += [draw_groups(level, folder, query) for level in levels if level.last.table is not None]
+    plates += [draw_free_rows(level, folder) for level in levels if level.last.matrix is not None]
+    bias = draw_bias_maps(levels, before, folder)
+    return plates if bias is None else [*plates, bias]
 
 
 def _choose(views: Sequence[LevelView], levels: Sequence[int] | None) -> list[LevelView]:
@@ -123,25 +131,26 @@ def _write_page(
     before: str | None,
 ) -> None:
     lead = "What the gates of the model have learned, Z = (P X1 + b) * X2 with P from positions alone."
-    facts = _facts(network, card, views) + [("weights", weights)]
+    facts = [*_facts(network, card, views), ("weights", weights)]
     facts += [] if before is None else [("before", before)]
     write_page(folder / "index.html", f"{card.model}: where its tokens look", lead, facts, plates)
 
 
 def _facts(network: PosMLP, card: ModelCard, views: Sequence[LevelView]) -> list[tuple[str, str]]:
     cost = total(complexity(network, card.side))
-    gates = [level.blocks[0].gate for level in network.levels]
-    encoding = f"{gates[0].encoding}, groups by level: {', '.join(str(view.last.groups) for view in views)}"
+    shifted = any(any(block.gate.shift) for level in network.levels for block in level.blocks)
+
+    def by_level(values: Iterable[object]) -> str:
+        return ", ".join(map(str, values))
+
     return [
         ("model", card.model),
         ("parameters", f"{cost.parameters / 1e6:.2f} M"),
-        ("multiply-accumulates", f"{cost.macs / 1e9:.3g} G an image of {card.side} x {card.side}"),
-        ("encoding", encoding),
-        ("blocks", ", ".join(str(len(view.gates)) for view in views)),
-        ("windows", ", ".join("{} x {}".format(*view.last.window) for view in views) + " tokens"),
-        (
-            "shifted windows",
-            "yes" if any(any(b.gate.shift) for l in network.levels for b in l.blocks) else "no",
-        ),
-        ("stride", ", ".join(str(view.stride) for view in views) + " pixels a token"),
+        ("multiply-accumulates", f"{cost.macs / 1e6:,.2f} M for {card.side} x {card.side} pixels"),
+        ("encoding", network.encoding),
+        ("groups, by level", by_level(view.last.groups for view in views)),
+        ("blocks", by_level(len(view.gates) for view in views)),
+        ("windows, in tokens", by_level("{} x {}".format(*view.last.window) for view in views)),
+        ("windows shift", "in every second block" if shifted else "nowhere"),
+        ("pixels a token", by_level(view.stride for view in views)),
     ]

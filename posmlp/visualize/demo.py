@@ -65,7 +65,7 @@ def draw_summary(
         figure.text(left, 0.915, story, size=10.5, color=MUTED, va="top", linespacing=1.5)
         draw_cell(figure, _pattern_cell(before, after, min(8, after.groups), side=1.2), left=0.36, top=1.22)
         bias = Cell([[Panel(after.bias)]], "Bias b after training", signed=True, side=2.05)
-        draw_cell(figure, bias, left=0.36, top=4.22)
+        draw_cell(figure, bias, left=0.36, top=4.25)
         low = {"top": 0.365, "bottom": 0.075}
         _accuracy(figure.add_gridspec(1, 1, left=0.325, right=0.61, **low).subplots(), history)
         figure.text(0.66, 0.378, "Unseen digits, the hardest included", size=11, weight="bold")

@@ -26,12 +26,21 @@ class Effect:
         tokens: X1, what the gate mixes.
         mixed: `P X1 + b`.
         gated: Z, `(P X1 + b) * X2`.
+        window, shift: the gate's.
     """
 
     level: int
     tokens: Tensor
     mixed: Tensor
     gated: Tensor
+    window: tuple[int, ...]
+    shift: tuple[int, ...]
+
+    def borders(self) -> tuple[list[float], list[float]]:
+        """Where windows meet, as shares of the map's height and of its width."""
+        sides = zip(self.tokens.shape, self.window, self.shift, strict=True)
+        rows, columns = ([edge / size for edge in range(w - s, size, w)] for size, w, s in sides)
+        return rows, columns
 
 
 @torch.inference_mode()
@@ -60,7 +69,7 @@ def _watch(number: int, found: dict[int, Effect]) -> Callable[[PosSGU, tuple[Ten
         maps = [_magnitude(part) for part in (tokens, _mix(gate, tokens), gated)]
         if not all(part.isfinite().all() for part in maps):
             raise ValueError(f"the gate of level {number} must give finite values to be drawn")
-        found[number] = Effect(number, *maps)
+        found[number] = Effect(number, *maps, gate.window, gate.shift)
 
     return hook
 

@@ -20,12 +20,14 @@ class Extent:
         mean: `[S, 2]`, the mean displacement from the query to what it takes.
         square: `[S]`, the mean squared displacement.
         uniform: the root mean square displacement if the query took the same from its whole window.
+        window: the longer side of the window.
     """
 
     level: int
     mean: Tensor
     square: Tensor
     uniform: float
+    window: int
 
     @property
     def by_group(self) -> Tensor:
@@ -55,6 +57,7 @@ def extent(view: GateView, level: int = 0, stride: int = 1) -> Extent:
         torch.einsum("shw,hwd->sd", weights, steps),
         (weights * square).sum((1, 2)),
         square.mean().sqrt().item(),
+        stride * max(view.window),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,40 @@ MOST_GROUPS = 64  # in a figure of all groups
 _QUERIES = 4  # along each side of a window, where the patterns of many queries are shown
 
 Query = tuple[int, int] | None
+
+
+class _Texts(NamedTuple):
+    """What a figure of one level says: its title, the note below it, its caption, what the colours mean."""
+
+    title: str
+    note: str
+    caption: str
+    bar: str
+
+
+_GAUSSIANS = _Texts(
+    "patterns and their Gaussians",
+    "Frame: the query. Dot: the centre; ring: it lies beyond. Solid, dashed: 1 and 2 standard deviations.",
+    "Every channel group's pattern for the query (orange frame), with the Gaussian that it comes from: the "
+    "dot is the centre, relative to the query, and a ring on the edge stands for a centre beyond the window; "
+    "solid and dashed ellipses lie one and two standard deviations away (covariance: the inverse of M M^T). "
+    "A pattern is this Gaussian at the tokens of the window, divided by its sum.",
+    "entry of P",
+)
+_TABLES = _Texts(
+    "learned relative table",
+    "The learned value of every displacement from the query (frame) to a key.",
+    "The learned relative table of every group: its value for each displacement from the query, in the "
+    "middle (orange frame), to a key. The pattern of a query is the part of it that its window covers.",
+    "entry of R",
+)
+_FREE_ROWS = _Texts(
+    "patterns of many queries",
+    "A free matrix has a pattern of its own for every query (framed).",
+    "What queries all over the window (orange frames) take from it, in the first group. With a free matrix "
+    "nothing ties one query's pattern to the next one's, as a relative encoding alone would.",
+    "entry of P",
+)
 
 
 def draw_query_patterns(
@@ -49,9 +84,9 @@ def draw_query_patterns(
         folder / "patterns.png",
         "Aggregation patterns of a query token",
         f"How much {where} of a window (orange frame) takes from each token of that window, in every channel "
-        f"group: a row of the mixing matrix P. {_compared(bool(before))} {_colours(signed)} Groups beyond the "
-        "first few are in the figures of all groups. The windows are whole: where one sticks out of the "
-        "map, the tokens outside are left out" + ("." if signed else ", and the rest is divided by its sum."),
+        f"group: a row of the mixing matrix P. {_compared(bool(before))} {_colours(signed)} "
+        "The windows are whole: where one sticks out of the map, the tokens outside are left out"
+        + ("." if signed else ", and the rest is divided by its sum."),
         f"Patterns of a query token in levels {_numbers(levels)}, a row per moment and a panel per group",
     )
 
@@ -59,31 +94,38 @@ def draw_query_patterns(
 def draw_groups(level: LevelView, folder: Path, query: Query = None) -> Plate:
     """`groups_level0.png`: every group of the last block's gate, up to `MOST_GROUPS`.
 
-    Quadratic encodings show the query's patterns with centre and covariance; learned tables the table
-    itself, by displacement; a free matrix alone the patterns of queries all over the window.
+    Quadratic encodings show the query's patterns with centre and covariance, learned tables the table itself.
     """
-    view = level.last
-    shown = min(view.groups, MOST_GROUPS)
-    if view.center is not None:
-        panels, text = _gaussians(view, query), _GAUSSIANS
-    elif view.table is not None:
-        h, w = view.window
-        panels = [Panel(table, f"group {i}", mark=(h - 1, w - 1)) for i, table in enumerate(view.table, 1)]
-        text = _TABLES
-    else:
-        panels, text = _many_queries(view), _MATRIX
-    title, note, caption, bar = text
-    panels = panels[:MOST_GROUPS]
-    columns = _COLUMNS if len(panels) > _COLUMNS and view.table is not None else 4
-    side = 1.1 if columns == _COLUMNS else 1.9 if len(panels) > 1 else 3.0
+    view, path = level.last, folder / f"groups_level{level.number}.png"
+    gaussian = view.center is not None
+    panels = (_gaussians(view, query) if gaussian else _tables(view))[:MOST_GROUPS]
+    columns = _COLUMNS if len(panels) > _COLUMNS else _COLUMNS // 2
     rows = [panels[start : start + columns] for start in range(0, len(panels), columns)]
-    cell = Cell(rows, signed=not view.softmax, bar=bar, side=side)
-    count = "" if view.groups == 1 else f", {_count(shown, view.groups)}"
-    heading = f"Level {level.number}, block {len(level.gates)}: {title}{count}"
-    path = folder / f"groups_level{level.number}.png"
-    draw_sheet(path, heading, note, [cell], width=11.0)
-    about = f"Level {level.number}: {title}"
-    return Plate(path, about, f"{caption} {_colours(not view.softmax)}", f"{about}, {len(panels)} panels")
+    count = "" if view.groups == 1 else f", {_count(len(panels), view.groups)}"
+    return _grid(level, rows, _GAUSSIANS if gaussian else _TABLES, count, path)
+
+
+def draw_free_rows(level: LevelView, folder: Path) -> Plate:
+    """`queries_level0.png`: where there is a free matrix, the patterns of queries all over the window."""
+    down, across = (_spread(side) for side in level.last.window)
+    queries = [[(row, column) for column in across] for row in down]
+    rows = [
+        [Panel(level.last.patterns(query)[0], "query {}, {}".format(*query), query) for query in line]
+        for line in queries
+    ]
+    return _grid(level, rows, _FREE_ROWS, "", folder / f"queries_level{level.number}.png")
+
+
+def _grid(level: LevelView, rows: Sequence[Sequence[Panel]], texts: _Texts, count: str, path: Path) -> Plate:
+    """A figure of one level's last gate."""
+    signed, columns = not level.last.softmax, len(rows[0])
+    side = 3.0 if columns == 1 else 1.9 if columns <= _COLUMNS // 2 else 1.1
+    cell = Cell(rows, signed=signed, bar=texts.bar, side=side)
+    title = f"Level {level.number}, block {len(level.gates)}: {texts.title}{count}"
+    draw_sheet(path, title, texts.note, [cell], width=11.0)
+    about = f"Level {level.number}: {texts.title}"
+    alt = f"{about}, {sum(map(len, rows))} panels"
+    return Plate(path, about, f"{texts.caption} {_colours(signed)}", alt)
 
 
 def draw_bias_maps(levels: Sequence[LevelView], before: Sequence[LevelView], folder: Path) -> Plate | None:
@@ -147,10 +189,10 @@ def _gaussians(view: GateView, query: Query) -> list[Panel]:
     ]
 
 
-def _many_queries(view: GateView) -> list[Panel]:
-    rows, columns = (_spread(side) for side in view.window)
-    queries = [(row, column) for row in rows for column in columns]
-    return [Panel(view.patterns(query)[0], f"query {query[0]}, {query[1]}", query) for query in queries]
+def _tables(view: GateView) -> list[Panel]:
+    h, w = view.window
+    names = [f"group {i}" for i in range(1, view.groups + 1)] if view.groups > 1 else [""]
+    return [Panel(table, name, (h - 1, w - 1)) for table, name in zip(view.table, names, strict=True)]
 
 
 def _spread(side: int) -> list[int]:
@@ -173,36 +215,10 @@ def _numbers(levels: Sequence[LevelView]) -> str:
 def _compared(before: bool) -> str:
     if before:
         return "Before and after are the two files of weights, in the last block of each level."
-    return "The first and the last block of each level stand side by side, where it has several."
+    return "Where a level has several blocks, its first and its last are compared."
 
 
 def _colours(signed: bool) -> str:
     if signed:
         return "Orange is positive, blue negative; these rows are not normalised."
     return "Every row sums to 1, and darker is more; colours follow the root, so that faint entries show."
-
-
-_GAUSSIANS = (
-    "patterns and their Gaussians",
-    "Frame: the query. Dot: the centre; a ring on the edge: it lies beyond. Solid and dashed: one and two "
-    "standard deviations.",
-    "Every channel group's pattern for the query (orange frame), with the Gaussian that it comes from: the "
-    "dot is the centre, relative to the query, and a ring on the edge stands for a centre beyond the window; "
-    "solid and dashed ellipses lie one and two standard deviations away (covariance: the inverse of M M^T). "
-    "A pattern is this Gaussian at the tokens of the window, divided by its sum.",
-    "entry of P",
-)
-_TABLES = (
-    "relative tables",
-    "The learned value of every displacement from the query (frame) to a key.",
-    "The learned relative table of every group: its value for each displacement from the query, which lies "
-    "in the middle (orange frame), to a key. The pattern of a query is the part of it that its window covers.",
-    "entry of R",
-)
-_MATRIX = (
-    "patterns of many queries",
-    "A free matrix has a pattern of its own for every query (framed): here from one end of the window to the other.",
-    "Rows of the free matrix: what queries all over the window (orange frames) take from it. Nothing ties "
-    "one to the next, as a relative encoding would.",
-    "entry of P",
-)

@@ -43,7 +43,7 @@ class Plate:
 def write_page(
     path: Path, title: str, lead: str, facts: Sequence[tuple[str, str]], plates: Sequence[Plate]
 ) -> None:
-    """Write the page: a title, a sentence, a table of facts, and the figures, their images inside the file."""
+    """Write the page: a title, a sentence, a table of facts, and the figures with their images inside."""
     root = Element("html", lang="en")
     head = SubElement(root, "head")
     SubElement(head, "meta", charset="utf-8")

@@ -11,15 +11,27 @@ from torch import Tensor
 
 from ..data import optional
 from .style import (
-    INK, MARGIN, MUTED, SIGNED, WEIGHTS, add_axes, colour_bar, colours, frame, heading, heading_height, new_figure,
-)  # fmt: skip
+    INK,
+    MARGIN,
+    MUTED,
+    SIGNED,
+    WEIGHTS,
+    add_axes,
+    colour_bar,
+    colours,
+    frame,
+    heading,
+    heading_height,
+    new_figure,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # Inches: between panels, a line of text above them, a row's name, and a colour bar with its numbers.
-GAP, TITLE, CELL_TITLE, LABEL, BAR, BAR_TEXT = 0.1, 0.2, 0.3, 0.32, 0.1, 0.75
+GAP, TITLE, CELL_TITLE, LABEL, BAR, BAR_TEXT = 0.1, 0.2, 0.25, 0.32, 0.1, 0.75
+TALLEST_BAR = 4.0
 
 
 @dataclass(frozen=True)
@@ -45,7 +57,8 @@ class Cell:
     Args:
         rows: all equally long, but for the last.
         labels: a name a row, or none.
-        signed: colours for both signs; otherwise for values from 0 up, by their root, so that faint ones show.
+        signed: colours for both signs; otherwise from 0 up, by a value's root, so that faint ones show.
+        side: a panel's width in inches.
         bar: what the colours mean.
     """
 
@@ -69,9 +82,15 @@ class Cell:
         return width, self._top + sum(self.heights) + GAP * (len(self.rows) - 1)
 
     @property
+    def panel_height(self) -> float:
+        """Inches: less than a panel's width for flat windows, but enough for a row's name."""
+        height, width = self.rows[0][0].values.shape
+        return self.side * min(1.0, max(0.5, height / width))
+
+    @property
     def heights(self) -> list[float]:
         """Of each row, with the titles of its panels."""
-        return [self.side + (TITLE if any(panel.title for panel in row) else 0) for row in self.rows]
+        return [self.panel_height + TITLE * any(panel.title for panel in row) for row in self.rows]
 
     @property
     def _top(self) -> float:
@@ -83,7 +102,7 @@ class Cell:
         for row, height in zip(self.rows, self.heights, strict=True):
             below += height
             for column, panel in enumerate(row):
-                yield panel, left + self.left + column * (self.side + GAP), below - self.side
+                yield panel, left + self.left + column * (self.side + GAP), below - self.panel_height
             below += GAP
 
 
@@ -111,16 +130,21 @@ def draw_cell(figure: Figure, cell: Cell, left: float, top: float) -> None:
     if cell.title:
         width, height = figure.get_size_inches()
         figure.text(
-            (left + cell.left) / width, 1 - (top + 0.02) / height, cell.title, weight="bold", va="top"
+            (left + cell.left) / width,
+            1 - (top + 0.02) / height,
+            cell.title,
+            size=11,
+            weight="bold",
+            va="top",
         )
     for panel, x, y in places:
-        axis = add_axes(figure, x, y, cell.side, cell.side)
+        axis = add_axes(figure, x, y, cell.side, cell.panel_height)
         image = _draw_panel(axis, panel, scale)
     for row, label in zip(cell.rows, cell.labels, strict=False):
         y = next(y for panel, _, y in places if panel is row[0])
-        _row_name(figure, label, left + 0.12, y + cell.side / 2)
-    first, last = places[0][2], places[-1][2] + cell.side
-    bar = add_axes(figure, left + cell.size[0] - BAR - BAR_TEXT, first, BAR, last - first)
+        _row_name(figure, label, left + 0.12, y + cell.panel_height / 2)
+    first, last = places[0][2], places[-1][2] + cell.panel_height
+    bar = add_axes(figure, left + cell.size[0] - BAR - BAR_TEXT, first, BAR, min(last - first, TALLEST_BAR))
     colour_bar(figure, image, bar, cell.bar)
     if cell.signed:
         bar.yaxis.set_major_locator(optional("matplotlib.ticker").MaxNLocator(4, symmetric=True))

@@ -59,7 +59,7 @@ def colours(stops: Sequence[str]) -> Any:
 
 def wrap(note: str, width: float) -> str:
     """A note in lines that fit into `width` inches of a figure."""
-    return textwrap.fill(note, max(20, int(width * 13.5)))
+    return textwrap.fill(note, max(20, int(width * 14)))
 
 
 def heading_height(note: str, width: float) -> float:

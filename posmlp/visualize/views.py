@@ -45,7 +45,7 @@ class GateView:
     @classmethod
     @torch.no_grad()
     def of(cls, gate: PosSGU) -> GateView:
-        """Raises: `ValueError` for a window that is not two-dimensional, or parameters that are not finite."""
+        """Raises: `ValueError` for a window without two dimensions, or parameters that are not finite."""
         if len(gate.window) != 2:
             raise ValueError(f"window must be two-dimensional to be drawn, got {list(gate.window)}")
         for name, value in gate.named_parameters():
@@ -70,7 +70,7 @@ class GateView:
         return self.window[0] // 2, self.window[1] // 2
 
     def patterns(self, query: tuple[int, int] | None = None) -> Tensor:
-        """A query's row of the mixing matrix by group, `[S, h, w]`: what it takes from each token of the window.
+        """A query's row of the mixing matrix by group: what it takes from each token, `[S, h, w]`.
 
         The window is whole. One that sticks out of the map has the same values where it has tokens; under a
         softmax they are then divided by their sum. Raises: `ValueError` for a query outside the window.

@@ -52,7 +52,7 @@ def one_line_error(capsys, arguments: list[str]) -> str:
     return error
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["predict"], ["info"]])
+@pytest.mark.parametrize("command", [[], ["demo"], ["predict"], ["info"], ["visualize"]])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as exit_:
         main([*command, "--help"])
@@ -241,7 +241,13 @@ def test_demo_learns_the_digits(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("package", "command"), [("matplotlib", ["demo"]), ("sklearn", ["demo"]), ("PIL", ["predict", "a.png"])]
+    ("package", "command"),
+    [
+        ("matplotlib", ["demo"]),
+        ("sklearn", ["demo"]),
+        ("PIL", ["predict", "a.png"]),
+        ("matplotlib", ["visualize", "--weights", "w.pth"]),
+    ],
 )
 def test_missing_packages_are_named_with_their_extra(package, command, weights, image, tmp_path):
     if command[0] == "predict":

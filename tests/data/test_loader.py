@@ -5,7 +5,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
+import re
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,6 +28,8 @@ from posmlp.data import (
     open_all,
     training_transform,
 )
+
+HERE = Path(__file__).resolve().parent
 
 
 class Numbers:
@@ -74,7 +80,7 @@ def indices(batches) -> list[int]:
     count=st.integers(1, 60), batch=st.integers(1, 5), world=st.integers(1, 3), accumulate=st.integers(1, 3),
     start=st.integers(0, 5), epoch=st.integers(0, 1000), seed=st.integers(0, 2**31 - 1),
 )  # fmt: skip
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80, deadline=None, derandomize=True)
 def test_processes_and_accumulation_share_out_an_epoch(count, batch, world, accumulate, start, epoch, seed):
     per_update = batch * world * accumulate
     if per_update > count:
@@ -164,11 +170,15 @@ def test_workers_that_are_spawned(images):
     assert torch.equal(got, expected)
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_a_killed_worker_is_an_error():
-    loader = TrainingLoader(Killer(40), draw, batch=4, seed=0, workers=2)
-    with pytest.raises(RuntimeError, match=r"DataLoader worker \(pid"):
-        list(loader.epoch(0))
+    """In a process of its own, since torch reports it wherever the main thread happens to be."""
+    loader = "TrainingLoader(Killer(40), draw, batch=4, seed=0, workers=2)"
+    code = f"from test_loader import *; list({loader}.epoch(0))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=100, cwd=HERE,
+        env={**os.environ, "PYTHONPATH": str(HERE.parents[1])},
+    )  # fmt: skip
+    assert done.returncode == 1 and re.search(r"DataLoader worker|Connection|EOFError", done.stderr), done
 
 
 @pytest.mark.gpu
@@ -189,7 +199,7 @@ def test_pinned_memory(workers):
     count=st.integers(1, 40), batch=st.integers(1, 7), world=st.integers(1, 5),
     broken=st.sets(st.integers(0, 39)),
 )  # fmt: skip
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80, deadline=None, derandomize=True)
 def test_evaluation_sees_every_image_once(count, batch, world, broken):
     source = Numbers(count, broken)
     seen, said = [], []
@@ -232,11 +242,11 @@ def test_the_next_image_stands_in_for_an_unreadable_one():
 @pytest.mark.parametrize("workers", [0, 1])
 def test_too_many_unreadable_images(count, broken, workers):
     loader = TrainingLoader(Numbers(count, broken), draw, batch=3, seed=0, workers=workers)
-    with pytest.raises(
-        ValueError, match="too many images in a row cannot be read; the last: number"
-    ) as error:
+    try:
         list(loader.epoch(0))
-    assert "\n" not in str(error.value)
+    except ValueError as error:  # not by pytest, which would keep the loader, and workers then end slowly
+        said = str(error)
+    assert re.fullmatch(r"too many images in a row cannot be read; the last: number \d+ is broken", said)
 
 
 def test_corrupt_files(make_folders):

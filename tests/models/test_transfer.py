@@ -211,27 +211,3 @@ def test_weights_of_the_original(tmp_path):
     lines = transfer_weights(target, tmp_path / "model.pth.tar")
     assert len(lines) == 5 and all("[16] -> [36]" in line for line in lines)
     assert torch.equal(source.levels[2].blocks[1].gate.factor, target.levels[2].blocks[1].gate.factor)
-
-
-def test_accuracy_survives_another_resolution(tmp_path):
-    """Digits at 32 pixels, then the same digits at 40 with windows in proportion, without more training.
-
-    The margin is that of a short training: what is lost is due to the convolutions of the stem, too.
-    """
-    pytest.importorskip("sklearn", reason="needs the demo extra")
-    pytest.importorskip("timm", reason="needs the train extra")
-    from posmlp.data import load_digits, normalise
-    from posmlp.predict import classify, load_model
-    from posmlp.train.recipe import RECIPES, Settings
-    from posmlp.train.run import train
-
-    recipe = RECIPES["digits"].changed(epochs=6)
-    out = tmp_path / "run"
-    before = train(Settings("digits", str(out), "posmlp_nano_glrpe", recipe), shown=False)[-1]["val_top1"]
-    _, card = load_model(out / "last.safetensors")
-    target = create_model("posmlp_nano_glrpe", in_chans=1, windows=(10, 5)).eval()
-    transfer_weights(target, out / "last.safetensors")
-    larger = load_digits(side=40)[1]
-    guesses = classify(target, normalise(larger.pixels, card)).argmax(1)
-    after = 100 * (guesses == larger.labels).float().mean().item()
-    assert before > 95 and after > before - 5

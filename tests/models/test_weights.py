@@ -175,8 +175,8 @@ def test_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "weights.pt"
     path.write_text("old")
 
-    def fail(state, path):
-        path.write_text("half")
+    def fail(state, file):
+        file.write(b"half")
         raise OSError("disk full")
 
     monkeypatch.setattr(torch, "save", fail)
