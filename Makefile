@@ -9,7 +9,7 @@ VENV := .venv
 OWN_VENV := yes
 endif
 PY := $(VENV)/bin/python
-SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*/*)
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*)
 CXX ?= g++
 SANITIZE := -std=c++17 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
 

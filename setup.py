@@ -1,17 +1,19 @@
-"""Builds posmlp_kernels._C where there is a C++ compiler; without one the package installs in pure Python.
+"""Builds posmlp_kernels._C where there is a C++ compiler, and _C_cuda where there is nvcc besides.
 
-One library serves every Python from 3.10 and every torch from 2.10 (stable ABI). The environment variables
-CXX, MAX_JOBS and POSMLP_SKIP_CPU=1 are honoured.
+Without them the package installs in pure Python. One build serves every Python from 3.10 and every torch from
+2.10 (stable ABI). Honours CXX, MAX_JOBS, POSMLP_SKIP_CPU=1 and POSMLP_SKIP_CUDA=1, and what build_cuda.py does.
 """
 
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
 
 CPU_SOURCES = sorted(str(path) for path in [Path("csrc/module.cpp"), *Path("csrc").rglob("cpu_*.cpp")])
+CUDA_SOURCES = sorted(str(path) for path in [Path("csrc/build_cuda.py"), *Path("csrc").rglob("*.cu*")])
 HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.h"))
 STABLE_ABI = ["-DPy_LIMITED_API=0x030A0000", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
 # Not -ffast-math: it would flush subnormals in the whole process and lose NaN.
@@ -47,7 +49,23 @@ def cpu_extension() -> dict:
         py_limited_api=True,
     )
     os.environ.setdefault("MAX_JOBS", str(min(4, os.cpu_count() or 1)))
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension}}
+
+    class Build(BuildExtension):
+        def build_extension(self, ext: Extension) -> None:
+            if not ext.name.endswith("_cuda"):
+                return super().build_extension(ext)
+            command = [sys.executable, "csrc/build_cuda.py", self.get_ext_fullpath(ext.name)]
+            if subprocess.run(command).returncode:
+                print("posmlp-kernels: installing without the CUDA back end: nvcc failed", file=sys.stderr)
+
+    modules = [extension]
+    if os.environ.get("POSMLP_SKIP_CUDA") != "1" and (os.environ.get("CUDA_HOME") or shutil.which("nvcc")):
+        modules.append(
+            Extension(
+                "posmlp_kernels._C_cuda", CUDA_SOURCES, depends=HEADERS, py_limited_api=True, optional=True
+            )
+        )
+    return {"ext_modules": modules, "cmdclass": {"build_ext": Build}}
 
 
 def without_extension(reason: str) -> dict:

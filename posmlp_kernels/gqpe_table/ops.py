@@ -56,7 +56,9 @@ _operator = Operator(
 overloads = _operator.overloads
 
 _operator.register("triton", _triton_forward, _triton_backward)
-_compiled = not compiled.cpu_unavailable() and _operator.is_defined("cpu")  # not by a library built before it
-if _compiled:
-    _operator.register("cpu")
-BACKENDS = ("triton", "cpu") if _compiled else ("triton",)
+_compiled = [
+    name for name in compiled.LOADED if _operator.is_defined(name)
+]  # not by a library built before it
+for _name in _compiled:
+    _operator.register(_name)
+BACKENDS = ("triton", *_compiled)

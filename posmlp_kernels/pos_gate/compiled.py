@@ -1,4 +1,4 @@
-"""The back ends compiled from csrc/: `cpu` now, `cuda` where its library has been built."""
+"""The back ends compiled from csrc/: `cpu`, and `cuda` where nvcc was there to build it."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ def _load(module: str, backend: str) -> str | None:
 
 _CPU_MISSING = _load("_C", "cpu")
 _CUDA_MISSING = _load("_C_cuda", "cuda") if torch.version.cuda else "this torch has no CUDA"
+LOADED = [name for name, missing in (("cpu", _CPU_MISSING), ("cuda", _CUDA_MISSING)) if not missing]
 
 
 def cpu_unavailable() -> list[str]:
@@ -34,7 +35,9 @@ def cpu_unsupported(problem: Problem) -> list[str]:
 
 
 def cuda_unavailable() -> list[str]:
-    return [_CUDA_MISSING] if _CUDA_MISSING else []
+    if _CUDA_MISSING:
+        return [_CUDA_MISSING]
+    return [] if torch.cuda.is_available() else ["there is no CUDA device"]
 
 
 def cuda_unsupported(problem: Problem) -> list[str]:
@@ -42,6 +45,7 @@ def cuda_unsupported(problem: Problem) -> list[str]:
 
 
 def cuda_declined(problem: Problem) -> list[str]:
+    """Why it runs only when asked for by name; measurements on hardware decide this."""
     return ["it has not yet run correctly on hardware"]
 
 

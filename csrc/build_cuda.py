@@ -1,0 +1,54 @@
+"""Builds the CUDA back end: `python csrc/build_cuda.py LIBRARY`, from the project's folder. setup.py calls it.
+
+One call of nvcc, which needs neither a GPU nor a CUDA build of torch: the stable ABI's headers are the same in
+all, and what only a CUDA torch has is looked up when the library is loaded. Honours CUDA_HOME, MAX_JOBS, and
+TORCH_CUDA_ARCH_LIST as torch's own builds take it ("8.0;9.0a+PTX").
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+ARCHITECTURES = "8.0 8.6 8.9 9.0a 10.0 12.0+PTX"
+SOURCES = sorted(str(path) for path in [Path("csrc/module.cpp"), *Path("csrc").rglob("*.cu")])
+FLAGS = (
+    "-std=c++17", "-O3", "-shared", "-cudart=static", "-Xcompiler=-fPIC", "--expt-relaxed-constexpr",
+    "-DPy_LIMITED_API=0x030A0000", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DLIBRARY=_C_cuda",
+)  # fmt: skip
+
+
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which("nvcc", path=str(Path(home, "bin")) if home else None)
+
+
+def code_flags(architectures: str) -> list[str]:
+    """nvcc's flags for a list of architectures."""
+    flags = []
+    for entry in architectures.replace(";", " ").split():
+        number = entry.removesuffix("+PTX").replace(".", "")
+        kinds = ("sm", "compute") if entry.endswith("+PTX") else ("sm",)
+        flags += [f"-gencode=arch=compute_{number},code={kind}_{number}" for kind in kinds]
+    return flags
+
+
+def main(library: str) -> int:
+    """Returns nvcc's exit status."""
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    Path(library).parent.mkdir(parents=True, exist_ok=True)
+    folders = [*include_paths(), "csrc", "csrc/pos_gate", sysconfig.get_paths()["include"]]
+    code = code_flags(os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES)
+    jobs = os.environ.get("MAX_JOBS") or str(min(4, os.cpu_count() or 1))
+    options = [*FLAGS, *code, f"--threads={jobs}", *(f"-I{folder}" for folder in folders)]
+    links = [*(f"-L{folder}" for folder in library_paths()), "-ltorch", "-ltorch_cpu", "-lc10"]
+    return subprocess.run([find_nvcc(), *options, *SOURCES, *links, "-o", library]).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
