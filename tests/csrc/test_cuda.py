@@ -1,4 +1,4 @@
-"""The CUDA back end without a GPU: kernels and host part on an emulated device, and what nvcc makes of them."""
+"""The CUDA back end without a GPU: its code on an emulated device, and what nvcc makes of it."""
 
 from __future__ import annotations
 
