@@ -11,7 +11,7 @@ endif
 PY := $(VENV)/bin/python
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*)
 CXX ?= g++
-SANITIZE := -std=c++17 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
+SANITIZE := -std=c++17 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -U_FORTIFY_SOURCE
 
 .PHONY: demo test bench bench-models gpu lint format sanitize fuzz clean
 .DEFAULT_GOAL := test
@@ -61,10 +61,16 @@ bench-models: $(VENV)/.built  ## the models again, all of them by torch.compile 
 gpu:  ## build, test, sanitize and measure on this machine's GPU, in ten minutes; GPU="--only test" and the like
 	$(or $(wildcard $(PY)),$(PYTHON)) benchmarks/gpu.py $(GPU)
 
-sanitize:  ## the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
+sanitize:  ## the C++ kernels, and the CUDA ones on an emulated device, under AddressSanitizer and UndefinedBehaviorSanitizer
 	mkdir -p build/sanitize
 	$(CXX) $(SANITIZE) -Icsrc/pos_gate tests/csrc/test_kernels.cpp $(filter-out %cpu_ops.cpp,$(wildcard csrc/pos_gate/cpu_*.cpp)) -o build/sanitize/test_kernels
 	build/sanitize/test_kernels
+	$(CXX) $(SANITIZE) -Icsrc/pos_gate -Itests/csrc tests/csrc/test_emulator.cpp -o build/sanitize/test_emulator
+	build/sanitize/test_emulator
+	$(CXX) $(SANITIZE) -Icsrc/pos_gate -Itests/csrc tests/csrc/test_cuda.cpp -o build/sanitize/test_cuda
+	build/sanitize/test_cuda 0 30
+	$(CXX) $(SANITIZE) -Icsrc/pos_gate -Itests/csrc tests/csrc/test_cuda_tensor.cpp -o build/sanitize/test_cuda_tensor
+	build/sanitize/test_cuda_tensor 15
 
 FUZZ_SEED ?= $(shell date +%Y%m%d)
 FUZZ_SECONDS ?= 240

@@ -6,7 +6,6 @@
 //     mixing    [classes, S, side, side]    P, in x's type; zeros beyond a class's tokens
 //     row_max, row_rinv  [classes, S, N]    of the softmax: maximum of the logits, 1 / sum of their exponentials
 //     dmixing   [classes, splits, S, N, N]  dL/dP, partial sums over a share of the windows each
-//     delta     [classes, splits, S, N]     partial sums of P dP along rows, for the softmax's gradient
 //     dbias     [classes, splits, S, N]     partial sums of dz * x2 over channels, by query
 //     dlogits   [S, N, N]                   whole window x whole window
 //     mean, rstd [B map]                    of the LayerNorm, by token in the order of the map
@@ -46,7 +45,7 @@ struct Call {
   // The workspace.
   int64_t side, splits, norm_blocks;
   T* mixing;
-  A *row_max, *row_rinv, *dmixing, *delta, *dbias_parts, *dlogits, *mean, *rstd, *dx_normed, *dnorm_parts;
+  A *row_max, *row_rinv, *dmixing, *dbias_parts, *dlogits, *mean, *rstd, *dx_normed, *dnorm_parts;
 
   POSMLP_BOTH const T* mixing_of(int window_class, int64_t group) const {
     return mixing + (window_class * shape.groups + group) * side * side;

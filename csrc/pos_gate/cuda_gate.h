@@ -63,7 +63,6 @@ int64_t lay_out(Call<T>& call, bool backward, bool mixing_grad, char* base) {
   place(call.rstd, norm);
   place(call.row_max, softmax_grad ? rows : 0);
   place(call.row_rinv, softmax_grad ? rows : 0);
-  place(call.delta, softmax_grad ? rows * call.splits : 0);
   place(call.dmixing, mixing_grad ? rows * call.splits * n : 0);
   place(call.dlogits, apart ? shape.groups * n * n : 0);
   place(call.dbias_parts, backward && call.bias ? rows * call.splits : 0);

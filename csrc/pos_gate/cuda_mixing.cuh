@@ -1,13 +1,13 @@
 // What is done once per pair of tokens: the mixing matrix, and the gradients that come back through it.
 //
 //     MixingKernel   P[class, g]  = softmax of the logits over the tokens of the class, or the logits; zero beyond
-//     LogitsKernel   dL[g]        = sum over classes of P (dP - delta), or of dP without softmax
+//     LogitsKernel   dL[g]        = sum over classes of P (dP - rowsum(P dP)), or of dP without softmax
 //     TableKernel    dR[g](d)     = sum over i of dL[g][i, i + d]
 //
 // A warp has a row, its lanes every 32nd key. P is some hundred thousand to a few million numbers, made once per call
 // in three passes over the table, which lies in the first-level cache: no row is stored before it is divided by its
 // sum, and none is limited in length. The backward makes P anew from the rows' maxima and sums, because that which the
-// products read is rounded. Partial sums of dP, the largest thing here (splits N^2 numbers a group), are read once.
+// products read is rounded. Partial sums of dP are the largest thing here, splits N^2 numbers a group, read once.
 #pragma once
 
 #include "cuda_reduce.cuh"
@@ -127,24 +127,40 @@ struct LogitsKernel {
   }
 
  private:
+  // Under softmax the row's mean of dP comes from these very dP and weights, so that what all of a row have in common
+  // cancels; the sums over splits are put by for that in the first one's place.
   POSMLP_DEVICE static void add_class(const Arguments& call, int k, int64_t group, int64_t i,
                                       const LogitsRow<T>& logits, A* dlogits) {
-    const int64_t n = call.shape.window_tokens(), groups = call.shape.groups;
-    const int64_t first = k * call.splits * groups + group;  // of the partial sums
-    const A* dmixing = call.dmixing + (first * n + i) * n;
-    A maximum = 0, inverse = 0, delta = 0;
-    if (call.softmax) {
-      maximum = call.row_max[(k * groups + group) * n + i];
-      inverse = call.row_rinv[(k * groups + group) * n + i];
-      for (int64_t s = 0; s < call.splits; ++s) delta += call.delta[(first + s * groups) * n + i];
-    }
-    auto key = window_walk(call.shape, thread_index() % kLanes, kLanes);
-    for (int64_t j = thread_index() % kLanes; j < n; j += kLanes, key.next()) {
-      const int64_t place[kRank] = {key.at[0], key.at[1], key.at[2]}, in_class = call.classes[k].index_of(place);
-      if (in_class < 0) continue;
+    const int64_t n = call.shape.window_tokens(), groups = call.shape.groups, row = (k * groups + group) * n + i;
+    const A maximum = call.softmax ? call.row_max[row] : A(0), inverse = call.softmax ? call.row_rinv[row] : A(0);
+    A* dmixing = call.dmixing + ((k * call.splits * groups + group) * n + i) * n;
+    A weights = 0, total = 0;
+    for_each_key(call, k, [&](int64_t j, int64_t in_class, const Walk<kRank>& key) {
       A dp = 0;
       for (int64_t s = 0; s < call.splits; ++s) dp += dmixing[s * groups * n * n + in_class];
-      dlogits[j] += call.softmax ? exp(logits(key) - maximum) * inverse * (dp - delta) : dp;
+      if (!call.softmax) {
+        dlogits[j] += dp;
+        return;
+      }
+      const A weight = exp(logits(key) - maximum);
+      dmixing[in_class] = dp;
+      weights += weight;
+      total += weight * dp;
+    });
+    if (!call.softmax) return;
+    const A mean = warp_sum(total) / warp_sum(weights);
+    for_each_key(call, k, [&](int64_t j, int64_t in_class, const Walk<kRank>& key) {
+      dlogits[j] += exp(logits(key) - maximum) * inverse * (dmixing[in_class] - mean);
+    });
+  }
+
+  // Calls `work(j, in_class, place)` for this lane's keys of the whole window that the class has.
+  template <class Work>
+  POSMLP_DEVICE static void for_each_key(const Arguments& call, int k, Work&& work) {
+    auto key = window_walk(call.shape, thread_index() % kLanes, kLanes);
+    for (int64_t j = thread_index() % kLanes; j < call.shape.window_tokens(); j += kLanes, key.next()) {
+      const int64_t place[kRank] = {key.at[0], key.at[1], key.at[2]}, in_class = call.classes[k].index_of(place);
+      if (in_class >= 0) work(j, in_class, key);
     }
   }
 };

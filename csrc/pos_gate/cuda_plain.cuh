@@ -3,7 +3,7 @@
 //
 //     PlainGateKernel      z = (P X1 + b) * x2                                   X1: activated and normed
 //     PlainBackwardKernel  dx2 = dz * (P X1 + b) * act'(x2),  dx1 = P^T G * act'(x1),  G = dz * act(x2)
-//                          and by row, over a share of the columns: dbias = sum of G, delta = sum of G * (P X1)
+//                          and dbias = sum of G by row, over a share of the columns
 //     PlainOuterKernel     dP = G X1^T over a share of the columns
 //
 // With tiles of 64 rows, x is read once per 64 tokens of a window (four times at a window of 14 x 14), from the
@@ -97,19 +97,18 @@ struct PlainBackwardKernel {
     const int64_t rows = Tile::row_tiles(cls), row = index % rows * Tile::kSide;
     const Share<T> share(call, cls, index / rows);
     Tile tile(call, k, share.group, shared);
-    A bias_sums[Tile::kEach] = {0, 0, 0, 0}, delta_sums[Tile::kEach] = {0, 0, 0, 0};
+    A bias_sums[Tile::kEach] = {0, 0, 0, 0};
     share.for_each_tile(call, cls, tile, [&] {
       typename Tile::Sums sums;
       tile.multiply_x1(row, sums);
       tile.for_each_row(row, [&](int r, int64_t, const auto& token) {
-        finish_x2(call, tile, token, sums[r], bias_sums[r], delta_sums[r]);
+        finish_x2(call, tile, token, sums[r], bias_sums[r]);
       });
       tile.multiply_g(row, sums);
       tile.for_each_row(row, [&](int r, int64_t, const auto& token) { finish_x1(call, tile, token, sums[r]); });
     });
-    const int64_t part = share.part(call, k) * call.shape.window_tokens();
-    store_rows(tile, row, bias_sums, call.dbias_parts ? call.dbias_parts + part : nullptr);
-    store_rows(tile, row, delta_sums, call.delta ? call.delta + part : nullptr);
+    if (call.dbias_parts)
+      store_rows(tile, row, bias_sums, call.dbias_parts + share.part(call, k) * call.shape.window_tokens());
   }
 
  private:
@@ -118,14 +117,13 @@ struct PlainBackwardKernel {
   }
 
   POSMLP_DEVICE static void finish_x2(const Arguments& call, const Tile& tile, const Walk<kRank>& token,
-                                      const A (&sums)[Tile::kEach], A& bias_sum, A& delta_sum) {
+                                      const A (&sums)[Tile::kEach], A& bias_sum) {
     const A bias = tile.bias(token);
     T* dx2 = call.dx + call.shape.channels + offset_in(call.dx_view, token);
     tile.for_each_column([&](int c, const Column& at) {
-      const A dz = tile.dz(at, token), x2 = tile.raw_x2(at, token), g = dz * activate(call.activation, x2);
+      const A dz = tile.dz(at, token), x2 = tile.raw_x2(at, token);
       dx2[at.dx] = round_to<T>(dz * (sums[c] + bias) * activation_slope(call.activation, x2));
-      bias_sum += g;
-      delta_sum += g * sums[c];
+      bias_sum += dz * activate(call.activation, x2);
     });
   }
 
@@ -147,7 +145,7 @@ struct PlainBackwardKernel {
   POSMLP_DEVICE static void store_rows(const Tile& tile, int64_t row, A (&sums)[Tile::kEach], A* to) {
     for (A& sum : sums)
       for (int mask = 1; mask < Tile::kSide / Tile::kEach; mask *= 2) sum += shuffle_xor(sum, mask);
-    if (to && Tile::own_column() == 0)
+    if (Tile::own_column() == 0)
       tile.for_each_row(row, [&](int r, int64_t i, const auto&) { to[i] = sums[r]; });
   }
 };

@@ -1,7 +1,7 @@
 // The three products with P on tensor cores, for 16-bit types:
 //
 //     gate      Y = P X1,   z   = (Y + b) * x2
-//     rows      Y = P X1,   dx2 = dz * (Y + b) * act'(x2),  db += G,  delta += G * Y      G = dz * act(x2)
+//     rows      Y = P X1,   dx2 = dz * (Y + b) * act'(x2),  db += G                       G = dz * act(x2)
 //     columns               dx1 = P^T G * act'(x1), or the gradient of the normed X1
 //
 // A block keeps its rows of P (of P^T) in shared memory and streams panels past them: while it multiplies one, the next
@@ -68,7 +68,7 @@ struct TensorProductKernel {
     PanelColumn* const columns;
     const TokenOffsets offsets;
     float sums[kRowTiles][kColumnTiles][4];
-    float row_gradients[kRowTiles][2], row_deltas[kRowTiles][2];
+    float row_gradients[kRowTiles][2];
     uint32_t words[2][kRowTiles][kColumnTiles][2];  // pairs of x2 (or x1), and of dz
 
     POSMLP_DEVICE Block(const Arguments& arguments, char* shared)
@@ -92,8 +92,7 @@ struct TensorProductKernel {
     POSMLP_DEVICE int first_key(int64_t step) const { return int(step % plan.chunks) * plan.keys; }
 
     POSMLP_DEVICE void run() {
-      for (auto& rows : {&row_gradients, &row_deltas})
-        for (auto& pair : *rows) pair[0] = pair[1] = 0;
+      for (auto& pair : row_gradients) pair[0] = pair[1] = 0;
       offsets.fill(call, out_view, call.classes[unit.window_class], threads);
       sync_threads();
       const int64_t mine = divide_up(panels.count() - unit.split, call.splits);  // panels; negative if none
@@ -110,7 +109,8 @@ struct TensorProductKernel {
         if (step % plan.chunks == plan.chunks - 1) end(step);
       }
       copies_wait<0>();
-      if constexpr (kProduct == Product::rows) store_row_sums();
+      if constexpr (kProduct == Product::rows)
+        if (call.dbias_parts) store_row_sums();
     }
 
     // ---- from global to shared memory ----
@@ -234,10 +234,7 @@ struct TensorProductKernel {
       } else {
         const float mixed = sum + (call.bias ? call.bias[token_index(row)] : 0.0f), gate = activate(call.activation, x);
         if constexpr (kProduct == Product::gate) return mixed * gate;
-        if (inside) {
-          row_gradients[r][half] += dz * gate;
-          row_deltas[r][half] += dz * gate * sum;
-        }
+        if (inside) row_gradients[r][half] += dz * gate;
         return dz * mixed * activation_slope(call.activation, x);
       }
     }
@@ -288,15 +285,11 @@ struct TensorProductKernel {
       for (int r = 0; r < kRowTiles; ++r)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          float gradient = row_gradients[r][half], delta = row_deltas[r][half];
-          for (int mask = 1; mask < 4; mask *= 2) {
-            gradient += shuffle_xor(gradient, mask);
-            delta += shuffle_xor(delta, mask);
-          }
+          float gradient = row_gradients[r][half];
+          for (int mask = 1; mask < 4; mask *= 2) gradient += shuffle_xor(gradient, mask);
           const int row = row_of(r, half);
           if (thread_index() % 4 || row >= n) continue;
-          if (call.dbias_parts) call.dbias_parts[at + row] = row < tokens ? gradient : 0;
-          if (call.delta) call.delta[at + row] = row < tokens ? delta : 0;
+          call.dbias_parts[at + row] = row < tokens ? gradient : 0;
         }
     }
   };

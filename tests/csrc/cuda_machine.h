@@ -1,16 +1,18 @@
 // A CPU that runs CUDA's kernels as they are, block by block and thread by thread.
 //
-// Threads of a block are fibers that run one at a time until they have to wait; which one is next is random (and the
-// same in each run), so that an order that no barrier enforces is not to be relied on. A barrier waits for all threads
-// of the block, an instruction of a warp for its 32 lanes; where threads wait for others that never come, because they
-// have returned or wait elsewhere, the program ends with a message. Shared memory is a block of the heap of just its
-// size, so that AddressSanitizer sees what strays, and starts as NaNs. An asynchronous copy takes place when its thread
-// waits for it; until then its destination is NaNs too, and a wait or a barrier that is missing shows in the results.
+// Threads of a block are fibers that run one at a time until they have to wait. Each block draws an order of its warps
+// (the same in each run), of which the first ones run ahead as far as barriers let them, lanes in any order: what relies
+// on an order that no barrier enforces shows in the results. A barrier waits for all threads of the block, an instruction
+// of a warp for its 32 lanes; where threads wait for others that never come, because they have returned or wait
+// elsewhere, the program ends with a message. Shared memory is a block of the heap of just its size, so that
+// AddressSanitizer sees what strays, and starts as NaNs. An asynchronous copy takes place when its thread waits for it;
+// until then its destination is NaNs too.
 #pragma once
 
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -18,6 +20,7 @@
 #include <deque>
 #include <memory>
 #include <new>
+#include <numeric>
 #include <random>
 #include <vector>
 
@@ -142,8 +145,10 @@ class Machine {
     barrier_.size = threads_;
     for (Meeting& warp : warps_) warp.size = kWarp;
     random_.seed(unsigned(block_));
-    ready_.clear();
-    for (int thread = 0; thread < threads_; ++thread) ready_.push_back(thread);
+    order_.resize(size_t(threads_ / kWarp));
+    std::iota(order_.begin(), order_.end(), 0);
+    std::shuffle(order_.begin(), order_.end(), random_);
+    for (int thread = 0; thread < threads_; ++thread) make_ready(thread);
     alive_ = threads_;
     if (!_setjmp(main_)) switch_to_next();
     end_switch();
@@ -171,9 +176,11 @@ class Machine {
     if (operands) meeting.operands[place] = operands;
     if (++meeting.arrived < meeting.size) return wait();
     execute(meeting.operands);
-    for (int i = 0; i < meeting.size - 1; ++i) ready_.push_back(meeting.members[i]);
+    for (int i = 0; i < meeting.size - 1; ++i) make_ready(meeting.members[i]);
     meeting.arrived = 0;
   }
+
+  void make_ready(int thread) { ready_[thread / kWarp].push_back(thread); }
 
   // Returns when this thread's turn comes again.
   void wait() {
@@ -182,10 +189,12 @@ class Machine {
   }
 
   [[noreturn]] void switch_to_next() {
-    if (ready_.empty()) finish_block();
-    std::swap(ready_[random_() % ready_.size()], ready_.back());
-    thread_ = ready_.back();
-    ready_.pop_back();
+    const auto warp = std::find_if(order_.begin(), order_.end(), [this](int w) { return !ready_[w].empty(); });
+    if (warp == order_.end()) finish_block();
+    std::vector<int>& lanes = ready_[*warp];
+    std::swap(lanes[random_() % lanes.size()], lanes.back());
+    thread_ = lanes.back();
+    lanes.pop_back();
     POSMLP_FIBER_SANITIZER(__sanitizer_start_switch_fiber(nullptr, fibers_[thread_]->stack(), kStackBytes));
     _longjmp(fibers_[thread_]->where, 1);
   }
@@ -210,7 +219,7 @@ class Machine {
   Body body_ = nullptr;
   const void* arguments_ = nullptr;
   std::vector<std::unique_ptr<Fiber>> fibers_;
-  std::vector<int> ready_;
+  std::vector<int> order_, ready_[kMostThreads / kWarp];  // of warps; of threads
   std::minstd_rand random_;
   Meeting barrier_, warps_[kMostThreads / kWarp];
   char* shared_ = nullptr;

@@ -232,6 +232,10 @@ Case<double> random_case() {
     const size_t map = p.dz.size() / size_t(s.batch);
     for (size_t i = map; i < p.dz.size(); ++i) p.dz[i] = p.dz[i % map];
   }
+  if (p.softmax && pick(0, 3) == 0) {  // rows that are far below the table's maximum, and keys that are left out
+    for (double& value : p.table) value = pick(0, 3) ? 100 * value : -INFINITY;
+    for (int64_t g = 0; g < s.groups; ++g) p.table[g * s.table_size() + s.table_size() / 2] = -300;
+  }
   c.chip = {int(pick(1, 12)), 99 << 10, 80};
   c.mixing_grad = pick(0, 3) > 0;
   return c;

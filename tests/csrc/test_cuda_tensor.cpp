@@ -27,7 +27,7 @@ template <class T>
 struct Problem {
   Call<T> call{};
   std::vector<T> x, dz, z, dx, mixing;
-  std::vector<float> bias, norm_weight, norm_bias, mean, rstd, dx_normed, dbias_parts, delta, dmixing;
+  std::vector<float> bias, norm_weight, norm_bias, mean, rstd, dx_normed, dbias_parts, dmixing;
 
   explicit Problem(int64_t most_tokens) {
     Shape& s = call.shape;
@@ -76,20 +76,20 @@ struct Problem {
           for (int64_t j = 0; j < present; ++j) p[i * call.side + j] = random_values<T>(1, 0.2)[0];
       }
     const int64_t parts = call.class_count * call.splits * s.groups;
-    dbias_parts.assign(parts * n, NAN), delta.assign(parts * n, NAN), dmixing.assign(parts * n * n, 0);
-    call.dbias_parts = dbias_parts.data(), call.delta = delta.data(), call.dmixing = dmixing.data();
+    dbias_parts.assign(parts * n, NAN), dmixing.assign(parts * n * n, 0);
+    call.dbias_parts = dbias_parts.data(), call.dmixing = dmixing.data();
   }
 };
 
 template <class T>
 struct Expected {
-  std::vector<double> z, dx, dx_normed, dbias, delta, dmixing;  // the last three summed over splits
+  std::vector<double> z, dx, dx_normed, dbias, dmixing;  // the last two summed over splits
 
   explicit Expected(const Call<T>& call) {
     const Shape& s = call.shape;
     const int64_t tokens = s.batch * s.map_tokens(), C = s.channels, D = s.group_channels(), n = s.window_tokens();
     z.resize(tokens * C), dx.resize(2 * tokens * C), dx_normed.resize(tokens * C);
-    dbias.resize(call.class_count * s.groups * n), delta = dbias, dmixing.resize(call.class_count * s.groups * n * n);
+    dbias.resize(call.class_count * s.groups * n), dmixing.resize(call.class_count * s.groups * n * n);
     const View dense = s.contiguous(1);
     for (int c = 0; c < call.class_count; ++c) {
       const WindowClass& windows = call.classes[c];
@@ -125,7 +125,6 @@ struct Expected {
               z[t * C + ch] = y * activate(call.activation, x2);
               dx[t * 2 * C + C + ch] = double(to_accumulation(dz[dz_at[i] + ch])) * y * activation_slope(call.activation, x2);
               dbias[(c * s.groups + g) * n + i] += gradient[i];
-              delta[(c * s.groups + g) * n + i] += gradient[i] * mixed[i];
             }
             for (int64_t j = 0; j < present; ++j) {
               double sum = 0;
@@ -202,7 +201,6 @@ bool check(double epsilon) {
   }
   good &= close("dx", expected_dx, dx, epsilon);
   good &= close("dbias", e.dbias, over_splits(p.dbias_parts, call.class_count, call.splits), epsilon);
-  good &= close("delta", e.delta, over_splits(p.delta, call.class_count, call.splits), epsilon);
   good &= close("dmixing", e.dmixing, over_splits(p.dmixing, call.class_count, call.splits), epsilon);
   return good;
 }
