@@ -80,12 +80,15 @@ OuterPlan plan_outer(const Call<T>& call, const Chip& chip) {
   OuterPlan plan{};
   plan.piece = widest_piece(call, true);
   const int all_warps = int(divide_up(tokens, 16));
-  plan.row_blocks = int(divide_up(all_warps, kMostWarps));
-  plan.warps = int(divide_up(all_warps, plan.row_blocks));
   plan.key_blocks = int(divide_up(tokens, Kernel::kKeys));
-  for (plan.stages = 3; plan.stages > 2 && Kernel::shared_bytes(call.shape, plan) > chip.shared_bytes;) --plan.stages;
-  plan.shared_bytes = Kernel::shared_bytes(call.shape, plan);
-  return plan;
+  for (int row_blocks = int(divide_up(all_warps, kMostWarps));; ++row_blocks) {
+    plan.warps = int(divide_up(all_warps, row_blocks));
+    plan.row_blocks = int(divide_up(all_warps, plan.warps));
+    for (plan.stages = 3; plan.stages >= 2; --plan.stages) {
+      plan.shared_bytes = Kernel::shared_bytes(call.shape, plan);
+      if (plan.shared_bytes <= chip.shared_bytes || (plan.warps == 1 && plan.stages == 2)) return plan;
+    }
+  }
 }
 
 // ---- the launches ----

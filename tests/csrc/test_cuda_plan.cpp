@@ -1,0 +1,117 @@
+// How the CUDA back end cuts the gates of PosMLP for each chip: what fits, what is kept, what a call needs. With
+// "table" it prints the cuts instead of checking them.
+#include <cstdio>
+#include <cstring>
+#include <string>
+
+#include "cuda_gate.h"
+
+using namespace posmlp;
+using namespace posmlp::cuda;
+
+namespace {
+
+constexpr Chip kChips[] = {{108, 163 << 10, 80}, {84, 99 << 10, 86},   {128, 99 << 10, 89},
+                           {132, 227 << 10, 90}, {148, 227 << 10, 100}, {170, 99 << 10, 120}};
+
+struct Gate {
+  const char* name;
+  int64_t map, window, channels, groups, shift;
+};
+constexpr Gate kGates[] = {{"stage 1", 56, 14, 192, 8, 0},   {"stage 2", 28, 14, 384, 16, 0},   {"stage 3", 14, 14, 768, 32, 0},
+                           {"stage 4", 7, 7, 768, 64, 0},    {"window 24", 48, 24, 192, 8, 0},  {"window 24, shifted", 56, 24, 192, 8, 12},
+                           {"window 32", 32, 32, 384, 16, 0}, {"odd width", 20, 5, 21, 7, 2}};
+
+int failures = 0;
+void expect(bool holds, const std::string& what) {
+  if (holds) return;
+  ++failures;
+  std::printf("does not hold: %s\n", what.c_str());
+}
+
+alignas(16) Bf16 memory[8];  // nothing is read, only its alignment
+
+Call<Bf16> call_of(const Gate& gate, const Chip& chip, int64_t batch) {
+  Call<Bf16> call{};
+  call.shape.batch = batch;
+  call.shape.channels = gate.channels;
+  call.shape.groups = gate.groups;
+  for (int d = 1; d < kRank; ++d) call.shape.map[d] = gate.map, call.shape.window[d] = gate.window, call.shape.shift[d] = gate.shift;
+  call.x = call.dz = call.z = call.dx = memory;
+  call.x_view = call.dx_view = call.shape.contiguous(2 * gate.channels);
+  call.z_view = call.dz_view = call.shape.contiguous(gate.channels);
+  call.softmax = true;
+  plan(call, chip);
+  return call;
+}
+
+template <Product kProduct>
+TensorPlan check_product(const Gate& gate, const Chip& chip, const char* product) {
+  const Call<Bf16> call = call_of(gate, chip, 128);
+  const TensorPlan p = plan_product<Bf16, kProduct>(call, chip);
+  const std::string where = std::string(gate.name) + ", " + product + ", sm_" + std::to_string(chip.architecture) + ": ";
+  const int64_t tokens = call.shape.window_tokens();
+  expect(p.shared_bytes > 0 && p.shared_bytes <= chip.shared_bytes, where + "shared memory fits");
+  expect(p.warps >= 1 && p.warps <= kMostWarps && p.warps * 32 * p.row_blocks >= tokens, where + "all rows have a warp");
+  expect(p.warps * 32 * (p.row_blocks - 1) < tokens, where + "no block is without rows");
+  expect(p.keys % 16 == 0 && p.keys * p.chunks >= tokens && (!p.keep || p.chunks == 1), where + "all keys are covered");
+  expect(p.stages == 2 || p.stages == 3, where + "two or three stages");
+  expect(p.piece == (gate.channels / gate.groups % 8 ? gate.channels / gate.groups % 4 ? 1 : 4 : 8), where + "widest copies");
+  // `columns` has two tensors in flight, which leave P no room on chips of 99 KB
+  const bool roomy = chip.shared_bytes > 160 << 10, two = kProduct == Product::columns;
+  if (tokens <= 196) expect(p.keep || (two && !roomy), where + "P stays in shared memory");
+  if (tokens == 196) expect(p.row_blocks <= (roomy && !two ? 1 : 2), where + "x is read no more often than it must");
+  return p;
+}
+
+void check_outer(const Gate& gate, const Chip& chip) {
+  const Call<Bf16> call = call_of(gate, chip, 128);
+  const OuterPlan p = plan_outer<Bf16, kManyKeyTiles>(call, chip);
+  const std::string where = std::string(gate.name) + ", outer, sm_" + std::to_string(chip.architecture) + ": ";
+  const int64_t tokens = call.shape.window_tokens();
+  expect(p.shared_bytes <= chip.shared_bytes, where + "shared memory fits");
+  expect(p.warps * 16 * p.row_blocks >= tokens && p.key_blocks * kManyKeyTiles * 8 >= tokens, where + "dP is covered");
+}
+
+void check_workspace(const Gate& gate, const Chip& chip) {
+  Call<Bf16> call = call_of(gate, chip, 128);
+  const std::string where = std::string(gate.name) + ", workspace, sm_" + std::to_string(chip.architecture) + ": ";
+  const int64_t n = call.shape.window_tokens(), p_bytes = call.class_count * gate.groups * call.side * call.side * 2;
+  const int64_t x_bytes = 128 * gate.map * gate.map * 2 * gate.channels * 2;
+  expect(lay_out(call, false, false, nullptr) >= p_bytes, where + "holds P");
+  expect(lay_out(call, false, false, nullptr) <= p_bytes + 4096, where + "forward holds nothing else");
+  const int64_t backward = lay_out(call, true, true, nullptr);
+  const int64_t partial = call.class_count * gate.groups * n * n * 4;
+  expect(backward <= 2 * x_bytes || call.splits == 1, where + "partial sums are small beside x, or single");
+  expect(partial * call.splits <= kMostPartialBytes || call.splits == 1, where + "partial sums are bounded");
+  Call<Bf16> again = call_of(gate, chip, 128);
+  again.shape.batch = 1;
+  plan(again, chip);
+  expect(again.splits <= call.splits, where + "fewer columns, no more shares");
+}
+
+void print_table() {
+  std::printf("gate|chip|rows x blocks|P stays|stages|copies, bytes|shared memory, KB\n");
+  for (const Gate& gate : kGates)
+    for (const Chip& chip : kChips) {
+      const TensorPlan p = plan_product<Bf16, Product::gate>(call_of(gate, chip, 128), chip);
+      std::printf("%s|sm_%d|%d x %d|%s|%d|%d|%lld\n", gate.name, chip.architecture, p.warps * 32, p.row_blocks,
+                  p.keep ? "yes" : "no", p.stages, 2 * p.piece, (long long)(p.shared_bytes + 1023) / 1024);
+    }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc > 1 && !std::strcmp(argv[1], "table")) return print_table(), 0;
+  for (const Chip& chip : kChips)
+    for (const Gate& gate : kGates) {
+      check_product<Product::gate>(gate, chip, "gate");
+      check_product<Product::rows>(gate, chip, "rows");
+      check_product<Product::columns>(gate, chip, "columns");
+      check_outer(gate, chip);
+      check_workspace(gate, chip);
+    }
+  std::printf("%d failed\n", failures);
+  return failures > 0;
+}
