@@ -67,7 +67,7 @@ int64_t lay_out(Call<T>& call, bool backward, bool mixing_grad, char* base) {
   place(call.dlogits, apart ? shape.groups * n * n : 0);
   place(call.dbias_parts, backward && call.bias ? rows * call.splits : 0);
   place(call.dx_normed, backward ? norm * shape.channels : 0);
-  place(call.dnorm_parts, backward && norm ? 2 * call.norm_blocks * shape.channels : 0);
+  place(call.dnorm_parts, backward && call.norm_weight ? 2 * call.norm_blocks * shape.channels : 0);
   if (mixing_grad && !apart) call.dlogits = call.dmatrix;
   return bytes;
 }

@@ -20,6 +20,7 @@ struct Walk {
       end[d] = int(begin[d] + sizes[d]);
       at[d] = int(begin[d] + (d ? index % sizes[d] : index));
       step[d] = d ? stride % size[d] : stride;
+      if (d == 0) break;  // whose size may be that of an empty batch
       index /= sizes[d];
       stride /= size[d];
     }
