@@ -1,7 +1,7 @@
 """Builds posmlp_kernels._C where there is a C++ compiler, and _C_cuda where there is nvcc besides.
 
 Without them the package installs in pure Python. One build serves every Python from 3.10 and every torch from
-2.10 (stable ABI). Honours CXX, MAX_JOBS, POSMLP_SKIP_CPU=1 and POSMLP_SKIP_CUDA=1, and what build_cuda.py does.
+2.10 (stable ABI). Honours CXX, MAX_JOBS, POSMLP_SKIP_CPU=1, POSMLP_SKIP_CUDA=1, and what build_cuda.py does.
 """
 
 import os

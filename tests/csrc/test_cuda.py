@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).resolve().parent
-INCLUDE = ["-I", str(HERE.parents[1] / "csrc/pos_gate"), "-I", str(HERE)]
+SOURCES = HERE.parents[1] / "csrc"
+INCLUDE = ["-I", str(SOURCES / "pos_gate"), "-I", str(SOURCES / "gqpe_table"), "-I", str(HERE)]
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
 NVCC = shutil.which("nvcc")
 
@@ -48,6 +49,18 @@ def test_kernels_equal_the_definition(compiled):
 def test_products_on_tensor_cores_equal_their_sums(compiled):
     done = run(compiled("test_cuda_tensor"), "24")
     assert done.returncode == 0 and done.stdout.rstrip().endswith(" 0 failed"), done.stdout + done.stderr
+
+
+@needs_compiler
+def test_the_quadratic_table_equals_the_cpu_s(compiled):
+    done = run(compiled("test_cuda_table"))
+    assert done.returncode == 0 and done.stdout.endswith(" 0 failed\n"), done.stdout + done.stderr
+
+
+@needs_compiler
+def test_every_chip_gets_a_cut_that_fits(compiled):
+    done = run(compiled("test_cuda_plan"))
+    assert done.returncode == 0 and done.stdout == "0 failed\n", done.stdout + done.stderr
 
 
 @needs_compiler

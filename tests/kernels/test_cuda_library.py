@@ -1,4 +1,4 @@
-"""The compiled CUDA library, as far as it can be looked at without a GPU: what it holds, and what it takes."""
+"""The compiled CUDA library as far as it can be looked at without a GPU: what it holds, and what it takes."""
 
 from __future__ import annotations
 
@@ -88,8 +88,9 @@ def test_without_a_gpu_it_says_so_and_is_never_chosen():
 
 
 def test_architectures_are_read_as_torch_reads_them():
-    code = "import sys; sys.path.insert(0, 'csrc'); import build_cuda as b; print(*b.code_flags('8.0;9.0a 12.0+PTX'))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    code = "import build_cuda; print(*build_cuda.code_flags('8.0;9.0a 12.0+PTX'))"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT / "csrc", capture_output=True, text=True, check=True)
     assert done.stdout.split() == [
         "-gencode=arch=compute_80,code=sm_80",
         "-gencode=arch=compute_90a,code=sm_90a",
