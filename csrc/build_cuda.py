@@ -1,8 +1,8 @@
 """Builds the CUDA back end, as setup.py does: `python csrc/build_cuda.py LIBRARY`, from the project's folder.
 
 One call of nvcc, which needs neither a GPU nor a CUDA build of torch: the stable ABI's headers are the same
-in all, and what only a CUDA torch has is looked up when the library is loaded. Honours CUDA_HOME, MAX_JOBS, and
-TORCH_CUDA_ARCH_LIST as torch's own builds take it ("8.0;9.0a+PTX"), or "native" for this machine's GPUs.
+in all, and what only a CUDA torch has is looked up when the library is loaded. Honours CUDA_HOME, MAX_JOBS,
+and TORCH_CUDA_ARCH_LIST as torch's own builds take it ("8.0;9.0a+PTX"), or "native" for this machine's GPUs.
 """
 
 from __future__ import annotations

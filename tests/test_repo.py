@@ -138,7 +138,9 @@ def test_the_compiled_schema_is_the_one_schema(operator):
     source = "\n".join(p.read_text() for p in tracked(".cpp", ".h", ".cu") if "csrc" in p.parts)
     source = squeezed(re.sub(r'"\s*"', "", source))  # adjacent literals are one
     for name, schema in ((operator, ops.FORWARD_SCHEMA), (f"{operator}_backward", ops.BACKWARD_SCHEMA)):
-        assert squeezed(f"{name}.cpu{schema}") in source, f"csrc does not define {name}.cpu{schema}"
+        for backend in ("cpu", "cuda"):
+            whole = f"{name}.{backend}{schema}"
+            assert squeezed(whole) in source, f"csrc does not define {whole}"
 
 
 # ---- README ----
