@@ -15,15 +15,15 @@ struct Walk {
 
   // Digit d runs through `sizes[d]` values from `begin[d]` on. Starts at `index` in the order of the last digit first.
   POSMLP_BOTH Walk(const int64_t* begin, const int64_t* sizes, int64_t index, int stride) {
-    for (int d = kDigits - 1; d >= 0; --d) {
-      size[d] = int(sizes[d]);
-      end[d] = int(begin[d] + sizes[d]);
-      at[d] = int(begin[d] + (d ? index % sizes[d] : index));
-      step[d] = d ? stride % size[d] : stride;
-      if (d == 0) break;  // whose size may be that of an empty batch
+    for (int d = kDigits - 1; d >= 0; --d) size[d] = int(sizes[d]), end[d] = int(begin[d] + sizes[d]);
+    for (int d = kDigits - 1; d > 0; --d) {
+      at[d] = int(begin[d] + index % sizes[d]);
+      step[d] = stride % size[d];
       index /= sizes[d];
       stride /= size[d];
     }
+    at[0] = int(begin[0] + index);
+    step[0] = stride;
   }
 
   POSMLP_BOTH void next() {

@@ -144,7 +144,6 @@ class Machine {
     std::memset(shared_, 0xff, shared_bytes);
     barrier_.size = threads_;
     for (Meeting& warp : warps_) warp.size = kWarp;
-    random_.seed(unsigned(block_));
     order_.resize(size_t(threads_ / kWarp));
     std::iota(order_.begin(), order_.end(), 0);
     std::shuffle(order_.begin(), order_.end(), random_);

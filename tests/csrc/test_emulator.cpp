@@ -101,16 +101,17 @@ struct FaultyKernel {
     copies_commit();
     if (fault != Fault::not_awaited) copies_wait<0>();
     sync_threads();
-    arguments.to[t] = shuffle_xor(s_values[t ^ 32], 1);
+    arguments.to[block_index() * kThreads + t] = shuffle_xor(s_values[t ^ 32], 1);
   }
 };
 
 bool hands_over(Fault fault) {
-  float from[64], to[64];
+  constexpr int kBlocks = 8;
+  float from[64], to[kBlocks * 64];
   for (int i = 0; i < 64; ++i) from[i] = float(i);
-  EmulatedLauncher().launch<FaultyKernel>({fault, from, to}, 3, sizeof from);
+  EmulatedLauncher().launch<FaultyKernel>({fault, from, to}, kBlocks, sizeof from);
   bool right = true;
-  for (int i = 0; i < 64; ++i) right = right && to[i] == float(i ^ 33);
+  for (int i = 0; i < kBlocks * 64; ++i) right = right && to[i] == float(i % 64 ^ 33);
   return right;
 }
 
