@@ -9,7 +9,8 @@ VENV := .venv
 OWN_VENV := yes
 endif
 PY := $(VENV)/bin/python
-SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*)
+SOURCES := setup.py pyproject.toml csrc/module.cpp $(filter-out %.cu %.cuh,$(wildcard csrc/*/*))
+CUDA_SOURCES := csrc/build_cuda.py $(wildcard csrc/*.* csrc/*/*.h csrc/*/cuda_*)
 CXX ?= g++
 SANITIZE := -std=c++17 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -U_FORTIFY_SOURCE
 
@@ -23,15 +24,20 @@ ifeq ($(OWN_VENV),yes)
 endif
 	touch $@
 
-# The package, editable, with its compiled part.
+# The package, editable, with its part for CPUs.
 $(VENV)/.built: $(VENV)/.ready $(SOURCES)
-	$(PY) -m pip install --quiet --no-build-isolation --no-deps -e .
+	POSMLP_SKIP_CUDA=1 $(PY) -m pip install --quiet --no-build-isolation --no-deps -e .
+	touch $@
+
+# Its part for GPUs, where there is nvcc: it takes minutes, and only tests and GPUs need it.
+$(VENV)/.cuda: $(VENV)/.built $(CUDA_SOURCES)
+	$(PY) csrc/build_cuda.py posmlp_kernels/_C_cuda.abi3.so
 	touch $@
 
 demo: $(VENV)/.built  ## train on real digits, evaluate, draw
 	$(PY) -m posmlp demo
 
-test: lint $(VENV)/.built  ## everything that CI runs
+test: lint $(VENV)/.cuda  ## everything that CI runs
 	$(PY) -m pytest
 
 lint: $(VENV)/.ready

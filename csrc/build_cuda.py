@@ -40,7 +40,11 @@ def code_flags(architectures: str) -> list[str]:
 
 
 def main(library: str) -> int:
-    """Returns nvcc's exit status."""
+    """Returns nvcc's exit status; 0 where there is none, once that has been said."""
+    nvcc = find_nvcc()
+    if nvcc is None:
+        print("posmlp-kernels: no CUDA back end without nvcc (install the CUDA toolkit, or set CUDA_HOME)")
+        return 0
     from torch.utils.cpp_extension import include_paths, library_paths
 
     Path(library).parent.mkdir(parents=True, exist_ok=True)
@@ -49,7 +53,7 @@ def main(library: str) -> int:
     jobs = os.environ.get("MAX_JOBS") or str(min(4, os.cpu_count() or 1))
     options = [*FLAGS, *code, f"--threads={jobs}", *(f"-I{folder}" for folder in folders)]
     links = [*(f"-L{folder}" for folder in library_paths()), "-ltorch", "-ltorch_cpu", "-lc10"]
-    return subprocess.run([find_nvcc(), *options, *SOURCES, *links, "-o", library]).returncode
+    return subprocess.run([nvcc, *options, *SOURCES, *links, "-o", library]).returncode
 
 
 if __name__ == "__main__":

@@ -32,14 +32,16 @@ class Launcher {
     if (grid == 0) return;
     STD_TORCH_CHECK(grid < (int64_t(1) << 31), what_, ": ", grid, " blocks are more than a launch takes");
     if (shared_bytes > 48 << 10)
-      check(cudaFuncSetAttribute(enter<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)), shared_bytes);
+      check(cudaFuncSetAttribute(enter<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)),
+            shared_bytes);
     enter<Kernel><<<unsigned(grid), unsigned(threads), size_t(shared_bytes), stream_>>>(arguments);
     check(cudaGetLastError(), shared_bytes);
   }
 
  private:
   void check(cudaError_t error, int64_t shared_bytes) const {
-    STD_TORCH_CHECK(error == cudaSuccess, what_, ": ", cudaGetErrorString(error), " (", shared_bytes, " bytes of shared memory)");
+    STD_TORCH_CHECK(error == cudaSuccess, what_, ": ", cudaGetErrorString(error), " (", shared_bytes,
+                    " bytes of shared memory)");
   }
 
   torch::stable::accelerator::DeviceGuard guard_;

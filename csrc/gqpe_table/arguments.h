@@ -36,7 +36,8 @@ struct Arguments {
     STD_TORCH_CHECK(center.device() == factor.device() && center.scalar_type() == factor.scalar_type(),
                     "gqpe_table: center and factor must share a dtype and a device");
     is_double = center.scalar_type() == ScalarType::Double;
-    STD_TORCH_CHECK(is_double || center.scalar_type() == ScalarType::Float, "gqpe_table: center must be float32 or float64");
+    STD_TORCH_CHECK(is_double || center.scalar_type() == ScalarType::Float,
+                    "gqpe_table: center must be float32 or float64");
     table_sizes.push_back(groups);
     for (int d = 0; d < rank; ++d) {
       STD_TORCH_CHECK(window[d] >= 1, "gqpe_table: window must be at least 1 in every dimension, got ", window[d]);

@@ -58,7 +58,8 @@ std::tuple<Tensor, Tensor> gqpe_table_backward(const Tensor& dtable, const Tenso
   const Tensor gradient = a.gradient(dtable);
   const Tensor dcenter = torch::stable::new_empty(a.center, gqpe::sizes_of(center));
   const Tensor dfactor = torch::stable::new_empty(a.center, gqpe::sizes_of(factor));
-  a.is_double ? run_backward<double>(a, gradient, dcenter, dfactor) : run_backward<float>(a, gradient, dcenter, dfactor);
+  a.is_double ? run_backward<double>(a, gradient, dcenter, dfactor)
+              : run_backward<float>(a, gradient, dcenter, dfactor);
   return {dcenter, dfactor};
 }
 

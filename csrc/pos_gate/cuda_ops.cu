@@ -1,7 +1,7 @@
 // The `cuda` overloads of the two ops: outputs, workspace, launches, and the registration.
 //
-// Nothing is read back and nothing is allocated but the outputs and one workspace, both by torch: a call can be captured
-// in a CUDA graph, and runs on the current stream of x's device.
+// Nothing is read back, and nothing is allocated but the outputs and one workspace, both by torch: a call can be
+// captured in a CUDA graph, and runs on the current stream of x's device.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
@@ -21,8 +21,10 @@ int attribute(cudaDeviceAttr name, int device) {
 }
 
 Chip chip_of(int device) {
-  return {attribute(cudaDevAttrMultiProcessorCount, device), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-          attribute(cudaDevAttrComputeCapabilityMajor, device) * 10 + attribute(cudaDevAttrComputeCapabilityMinor, device)};
+  const int major = attribute(cudaDevAttrComputeCapabilityMajor, device);
+  const int minor = attribute(cudaDevAttrComputeCapabilityMinor, device);
+  const int shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return {attribute(cudaDevAttrMultiProcessorCount, device), shared_bytes, major * 10 + minor};
 }
 
 const char* name_of(ScalarType type) {

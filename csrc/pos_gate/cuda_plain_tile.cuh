@@ -66,7 +66,8 @@ class PlainTile {
     const A value = activate(call_.activation, to_accumulation(call_.x[column.x + offset_in(call_.x_view, token)]));
     if (!call_.norm_weight) return value;
     const int64_t t = column.token + offset_in(call_.shape.contiguous(1), token);
-    return (value - call_.mean[t]) * call_.rstd[t] * call_.norm_weight[column.channel] + call_.norm_bias[column.channel];
+    const int64_t c = column.channel;
+    return (value - call_.mean[t]) * call_.rstd[t] * call_.norm_weight[c] + call_.norm_bias[c];
   }
   POSMLP_DEVICE A raw_x2(const Column& column, const Walk<kRank>& token) const {
     return to_accumulation(call_.x[column.x + call_.shape.channels + offset_in(call_.x_view, token)]);

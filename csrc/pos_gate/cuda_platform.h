@@ -72,7 +72,8 @@ POSMLP_DEVICE void copy_async(void* shared, const void* global, bool valid) {
   if constexpr (bytes == 16)
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(size) : "memory");
   else
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(global), "n"(bytes), "r"(size) : "memory");
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(global), "n"(bytes), "r"(size)
+                 : "memory");
 }
 POSMLP_DEVICE void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits until all but the last `pending` committed groups of this thread's copies have arrived.
@@ -95,20 +96,23 @@ POSMLP_DEVICE void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
 // d += a b, 16 x 16 by 16 x 8. Lane l holds, with g = l / 4 and t = 2 (l % 4), pairs of neighbouring columns t and t + 1
 // of a: (g, t), (g + 8, t), (g, t + 8), (g + 8, t + 8); pairs of neighbouring rows of b: (t, g), (t + 8, g);
 // and of d: (g, t), (g, t + 1), (g + 8, t), (g + 8, t + 1).
+#define POSMLP_MULTIPLY_ADD(type)                                                                           \
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 "                              \
+               "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                           \
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                             \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
 POSMLP_DEVICE void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Bf16) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  POSMLP_MULTIPLY_ADD("bf16");
 }
 POSMLP_DEVICE void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Half) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  POSMLP_MULTIPLY_ADD("f16");
 }
+#undef POSMLP_MULTIPLY_ADD
 
 // How every kernel is entered: `Kernel` has `Arguments`, `kThreads`, and `run`.
 template <class Kernel>
-__global__ void __launch_bounds__(Kernel::kThreads, 1) enter(const __grid_constant__ typename Kernel::Arguments arguments) {
+__global__ void __launch_bounds__(Kernel::kThreads, 1)
+    enter(const __grid_constant__ typename Kernel::Arguments arguments) {
   extern __shared__ __align__(128) char shared[];
   Kernel::run(arguments, shared);
 }

@@ -44,7 +44,8 @@ struct TensorOuterKernel {
     const OuterPlan& plan = arguments.plan;
     const int threads = plan.warps * kWarp;
     const Unit unit(block_index(), call.shape, plan.row_blocks * plan.key_blocks, call.class_count);
-    const int first_row = int(unit.row_block / plan.key_blocks) * rows(plan), first_key = int(unit.row_block % plan.key_blocks) * kKeys;
+    const int first_row = int(unit.row_block / plan.key_blocks) * rows(plan),
+              first_key = int(unit.row_block % plan.key_blocks) * kKeys;
     const Panels<T> panels(call, unit, call.dz_view);
     const TileShare share(threads, plan.piece);
     const int tokens = panels.tokens();
@@ -89,12 +90,10 @@ struct TensorOuterKernel {
  private:
   static POSMLP_DEVICE void multiply(const T* g, const T* x1, float (&sums)[kKeyTiles][4]) {
     const int row = thread_index() / kWarp * 16;
-#pragma unroll
-    for (int k = 0; k < kColumns; k += 16) {
+    POSMLP_UNROLL for (int k = 0; k < kColumns; k += 16) {
       uint32_t a[4];
       load_a<false>(a, g + row * kTileStride + k, kTileStride);
-#pragma unroll
-      for (int c = 0; c < kKeyTiles; c += 2) {
+      POSMLP_UNROLL for (int c = 0; c < kKeyTiles; c += 2) {
         uint32_t b[4];
         load_b<true>(b, x1 + 8 * c * kTileStride + k, kTileStride);
         multiply_add(sums[c], a, b[0], b[1], T{});
@@ -103,16 +102,15 @@ struct TensorOuterKernel {
     }
   }
 
-  static POSMLP_DEVICE void store(const Call<T>& call, const Unit& unit, const float (&sums)[kKeyTiles][4], int first_row,
-                                  int first_key, int tokens) {
+  static POSMLP_DEVICE void store(const Call<T>& call, const Unit& unit, const float (&sums)[kKeyTiles][4],
+                                  int first_row, int first_key, int tokens) {
     const int64_t n = call.shape.window_tokens();
-    float* out = call.dmixing + ((unit.window_class * call.splits + unit.split) * call.shape.groups + unit.group) * n * n;
+    float* out =
+        call.dmixing + ((unit.window_class * call.splits + unit.split) * call.shape.groups + unit.group) * n * n;
     const int row = first_row + thread_index() / kWarp * 16 + thread_index() % kWarp / 4;
     const int key = first_key + thread_index() % 4 * 2;
-#pragma unroll
-    for (int c = 0; c < kKeyTiles; ++c)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
+    POSMLP_UNROLL for (int c = 0; c < kKeyTiles; ++c)
+      POSMLP_UNROLL for (int i = 0; i < 4; ++i) {
         const int at_row = row + i / 2 * 8, at_key = key + 8 * c + i % 2;
         if (at_row < tokens && at_key < tokens) out[at_row * n + at_key] = sums[c][i];
       }

@@ -66,7 +66,8 @@ int64_t count_tensor_splits(const Call<T>& call, const Chip& chip, int64_t row_b
   const int64_t side_by_side = chip.multiprocessors * std::clamp<int64_t>(chip.shared_bytes / shared_bytes, 1, 4);
   int64_t panels = 1;
   for (int k = 0; k < call.class_count; ++k)
-    panels = std::max(panels, divide_up(call.classes[k].windows(call.shape.batch) * call.shape.group_channels(), kColumns));
+    panels =
+        std::max(panels, divide_up(call.classes[k].windows(call.shape.batch) * call.shape.group_channels(), kColumns));
   return std::clamp<int64_t>(side_by_side / (call.class_count * call.shape.groups * row_blocks), 1, panels);
 }
 
@@ -98,14 +99,16 @@ void launch_product(Launcher& launcher, Call<T> call, const Chip& chip) {
   using Kernel = TensorProductKernel<T, kProduct>;
   const TensorPlan plan = plan_product<T, kProduct>(call, chip);
   if (kProduct != Product::rows) call.splits = count_tensor_splits(call, chip, plan.row_blocks, plan.shared_bytes);
-  launcher.template launch<Kernel>(typename Kernel::Arguments{call, plan}, Kernel::grid(call, plan), plan.shared_bytes, plan.warps * kWarp);
+  launcher.template launch<Kernel>(typename Kernel::Arguments{call, plan}, Kernel::grid(call, plan), plan.shared_bytes,
+                                   plan.warps * kWarp);
 }
 
 template <class T, int kKeyTiles, class Launcher>
 void launch_outer(Launcher& launcher, const Call<T>& call, const Chip& chip) {
   using Kernel = TensorOuterKernel<T, kKeyTiles>;
   const OuterPlan plan = plan_outer<T, kKeyTiles>(call, chip);
-  launcher.template launch<Kernel>(typename Kernel::Arguments{call, plan}, Kernel::grid(call, plan), plan.shared_bytes, plan.warps * kWarp);
+  launcher.template launch<Kernel>(typename Kernel::Arguments{call, plan}, Kernel::grid(call, plan), plan.shared_bytes,
+                                   plan.warps * kWarp);
 }
 
 }  // namespace posmlp::cuda

@@ -118,7 +118,8 @@ struct TensorProductKernel {
     // The block's rows of P, keys [first, first + plan.keys), or the same of P^T.
     POSMLP_DEVICE void copy_p(T* to, int first) const {
       const T* p = call.mixing_of(unit.window_class, unit.group);
-      const int rows = kTransposed ? plan.keys : plan.warps * 32, pieces = (kTransposed ? plan.warps * 32 : plan.keys) / 8;
+      const int rows = kTransposed ? plan.keys : plan.warps * 32,
+                pieces = (kTransposed ? plan.warps * 32 : plan.keys) / 8;
       const int from_row = kTransposed ? first : row0, from_column = kTransposed ? row0 : first;
       for (int i = thread_index(); i < rows * pieces; i += threads) {
         const int row = i / pieces, column = i % pieces * 8;
@@ -163,17 +164,14 @@ struct TensorProductKernel {
       const int warp_row = thread_index() / kWarp * 32, stride = int(p_stride(plan));
       for (int k = 0; k < plan.keys; k += 16) {
         uint32_t a[kRowTiles][4], b[kColumnTiles / 2][4];
-#pragma unroll
-        for (int r = 0; r < kRowTiles; ++r) {
+        POSMLP_UNROLL for (int r = 0; r < kRowTiles; ++r) {
           const int row = warp_row + 16 * r;
           load_a<kTransposed>(a[r], p + (kTransposed ? k * stride + row : row * stride + k), stride);
         }
-#pragma unroll
-        for (int c = 0; c < kColumnTiles / 2; ++c) load_b<false>(b[c], tile + k * kTileStride + 16 * c, kTileStride);
-#pragma unroll
-        for (int r = 0; r < kRowTiles; ++r)
-#pragma unroll
-          for (int c = 0; c < kColumnTiles; ++c)
+        POSMLP_UNROLL for (int c = 0; c < kColumnTiles / 2; ++c)
+          load_b<false>(b[c], tile + k * kTileStride + 16 * c, kTileStride);
+        POSMLP_UNROLL for (int r = 0; r < kRowTiles; ++r)
+          POSMLP_UNROLL for (int c = 0; c < kColumnTiles; ++c)
             multiply_add(sums[r][c], a[r], b[c / 2][c % 2 * 2], b[c / 2][c % 2 * 2 + 1], T{});
       }
     }
@@ -187,26 +185,22 @@ struct TensorProductKernel {
 
     template <class Visit>
     POSMLP_DEVICE void for_each_pair(const PanelColumn* at, Visit visit) {
-#pragma unroll
-      for (int r = 0; r < kRowTiles; ++r)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
+      POSMLP_UNROLL for (int r = 0; r < kRowTiles; ++r)
+        POSMLP_UNROLL for (int half = 0; half < 2; ++half) {
           const int row = row_of(r, half);
           if (row >= tokens) continue;
-#pragma unroll
-          for (int c = 0; c < kColumnTiles; ++c) visit(r, half, row, c, at[column_of(c)], at[column_of(c) + 1]);
+          POSMLP_UNROLL for (int c = 0; c < kColumnTiles; ++c)
+            visit(r, half, row, c, at[column_of(c)], at[column_of(c) + 1]);
         }
     }
 
     // Clears the sums, and fetches what `end` will need.
     POSMLP_DEVICE void begin(int64_t step) {
-#pragma unroll
-      for (auto& rows : sums)
-#pragma unroll
-        for (auto& piece : rows) piece[0] = piece[1] = piece[2] = piece[3] = 0;
+      POSMLP_UNROLL for (auto& rows : sums)
+        POSMLP_UNROLL for (auto& piece : rows) piece[0] = piece[1] = piece[2] = piece[3] = 0;
       if (kTransposed && (call.activation == Activation::none || call.norm_weight)) return;
       const T* x = call.x + (kTransposed ? 0 : call.shape.channels);
-      for_each_pair(columns_of(step), [&](int r, int half, int row, int c, const PanelColumn& one, const PanelColumn& two) {
+      for_each_pair(columns_of(step), [&](int r, int half, int row, int c, const auto& one, const auto& two) {
         words[0][r][c][half] =
             load_pair(x + one.x + offsets.x[row] + one.channel, x + two.x + offsets.x[row] + two.channel, one, two);
         if constexpr (kProduct == Product::rows)
@@ -216,13 +210,12 @@ struct TensorProductKernel {
     }
 
     POSMLP_DEVICE void end(int64_t step) {
-      for_each_pair(columns_of(step), [&](int r, int half, int row, int c, const PanelColumn& one, const PanelColumn& two) {
+      for_each_pair(columns_of(step), [&](int r, int half, int row, int c, const auto& one, const auto& two) {
         if (one.channel < 0) return;
         float out[2];
-#pragma unroll
-        for (int i = 0; i < 2; ++i)
-          out[i] = value(r, half, row, sums[r][c][2 * half + i], part(words[0][r][c][half], i), part(words[1][r][c][half], i),
-                         (i ? two : one).channel >= 0);
+        POSMLP_UNROLL for (int i = 0; i < 2; ++i)
+          out[i] = value(r, half, row, sums[r][c][2 * half + i], part(words[0][r][c][half], i),
+                         part(words[1][r][c][half], i), (i ? two : one).channel >= 0);
         store(row, one, two, out);
       });
     }
@@ -230,7 +223,8 @@ struct TensorProductKernel {
     // An output from its sum, x2 (or x1) and dz.
     POSMLP_DEVICE float value(int r, int half, int row, float sum, float x, float dz, bool inside) {
       if constexpr (kTransposed) {
-        return call.activation == Activation::none || call.norm_weight ? sum : sum * activation_slope(call.activation, x);
+        return call.activation == Activation::none || call.norm_weight ? sum
+                                                                       : sum * activation_slope(call.activation, x);
       } else {
         const float mixed = sum + (call.bias ? call.bias[token_index(row)] : 0.0f), gate = activate(call.activation, x);
         if constexpr (kProduct == Product::gate) return mixed * gate;
@@ -260,9 +254,12 @@ struct TensorProductKernel {
 
     // ---- pairs of 16-bit values ----
 
-    POSMLP_DEVICE static float part(uint32_t word, int i) { return to_accumulation(T{uint16_t(i ? word >> 16 : word)}); }
+    POSMLP_DEVICE static float part(uint32_t word, int i) {
+      return to_accumulation(T{uint16_t(i ? word >> 16 : word)});
+    }
 
-    POSMLP_DEVICE uint32_t load_pair(const T* first, const T* second, const PanelColumn& one, const PanelColumn& two) const {
+    POSMLP_DEVICE uint32_t load_pair(const T* first, const T* second, const PanelColumn& one,
+                                     const PanelColumn& two) const {
       if (one.channel < 0) return 0;
       if (plan.pairs) return *reinterpret_cast<const uint32_t*>(first);
       return first->bits | (two.channel < 0 ? 0u : uint32_t(second->bits) << 16);
@@ -281,10 +278,8 @@ struct TensorProductKernel {
     POSMLP_DEVICE void store_row_sums() const {
       const int64_t n = call.shape.window_tokens();
       const int64_t at = ((unit.window_class * call.splits + unit.split) * call.shape.groups + unit.group) * n;
-#pragma unroll
-      for (int r = 0; r < kRowTiles; ++r)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
+      POSMLP_UNROLL for (int r = 0; r < kRowTiles; ++r)
+        POSMLP_UNROLL for (int half = 0; half < 2; ++half) {
           float gradient = row_gradients[r][half];
           for (int mask = 1; mask < 4; mask *= 2) gradient += shuffle_xor(gradient, mask);
           const int row = row_of(r, half);

@@ -29,7 +29,7 @@ struct TensorPlan {
 // Where a column's tokens lie: the first token of its window in each tensor, and its channel.
 struct PanelColumn {
   int64_t x, dz, out, token;  // elements in x, dz and the output; tokens in the dense order of the map
-  int channel;           // in C, -1 beyond the last column
+  int channel;                // in C, -1 beyond the last column
 };
 
 // The class, group, block of rows and share of the panels of one block. Groups go fastest: the channels of neighbouring
@@ -50,7 +50,10 @@ template <class T>
 class Panels {
  public:
   POSMLP_DEVICE Panels(const Call<T>& call, const Unit& unit, const View& out)
-      : call_(call), out_(out), windows_(call.classes[unit.window_class]), first_channel_(unit.group * call.shape.group_channels()) {
+      : call_(call),
+        out_(out),
+        windows_(call.classes[unit.window_class]),
+        first_channel_(unit.group * call.shape.group_channels()) {
     columns_ = windows_.windows(call.shape.batch) * call.shape.group_channels();
   }
 
@@ -62,8 +65,8 @@ class Panels {
     if (at >= columns_) return {0, 0, 0, 0, -1};
     int64_t position[kRank];
     const int64_t batch = windows_.locate(call_.shape, at / width, position);
-    return {call_.x_view.offset(batch, position), call_.dz_view.offset(batch, position),
-            out_.offset(batch, position), call_.shape.contiguous(1).offset(batch, position), int(first_channel_ + at % width)};
+    return {call_.x_view.offset(batch, position), call_.dz_view.offset(batch, position), out_.offset(batch, position),
+            call_.shape.contiguous(1).offset(batch, position), int(first_channel_ + at % width)};
   }
 
  private:
@@ -78,7 +81,9 @@ struct TokenOffsets {
   static constexpr int kArrays = 4;
   int64_t *x, *dz, *out, *token;  // [tokens] each
 
-  static POSMLP_BOTH int64_t bytes(const Shape& shape) { return kArrays * shape.window_tokens() * int64_t(sizeof(int64_t)); }
+  static POSMLP_BOTH int64_t bytes(const Shape& shape) {
+    return kArrays * shape.window_tokens() * int64_t(sizeof(int64_t));
+  }
 
   POSMLP_DEVICE TokenOffsets(void* shared, const Shape& shape) {
     x = static_cast<int64_t*>(shared), dz = x + shape.window_tokens(), out = dz + shape.window_tokens();
@@ -103,10 +108,14 @@ struct TokenOffsets {
 template <class T>
 POSMLP_DEVICE void copy_piece(T* to, const T* from, bool wanted, int piece) {
   switch (piece) {
-    case 8: return copy_async<16>(to, from, wanted);
-    case 4: return copy_async<8>(to, from, wanted);
-    case 2: return copy_async<4>(to, from, wanted);
-    default: *to = wanted ? *from : T{0};
+    case 8:
+      return copy_async<16>(to, from, wanted);
+    case 4:
+      return copy_async<8>(to, from, wanted);
+    case 2:
+      return copy_async<4>(to, from, wanted);
+    default:
+      *to = wanted ? *from : T{0};
   }
 }
 
@@ -126,8 +135,9 @@ struct TileShare {
 enum class Source { x1, x2, dz };
 
 template <class T>
-POSMLP_DEVICE void copy_tile(T* tile, const Call<T>& call, Source source, const PanelColumn& column, const TokenOffsets& offsets,
-                             const TileShare& share, int first_token, int rows, int tokens, int piece) {
+POSMLP_DEVICE void copy_tile(T* tile, const Call<T>& call, Source source, const PanelColumn& column,
+                             const TokenOffsets& offsets, const TileShare& share, int first_token, int rows, int tokens,
+                             int piece) {
   const bool is_dz = source == Source::dz;
   const T* base = is_dz ? call.dz + column.dz : call.x + column.x + (source == Source::x2 ? call.shape.channels : 0);
   const int64_t* places = is_dz ? offsets.dz : offsets.x;
@@ -135,7 +145,8 @@ POSMLP_DEVICE void copy_tile(T* tile, const Call<T>& call, Source source, const 
   for (int row = share.first_row; row < rows; row += share.row_step) {
     const int token = first_token + row;
     const bool wanted = inside && token < tokens;
-    copy_piece(tile + row * kTileStride + share.column, wanted ? base + places[token] + column.channel : base, wanted, piece);
+    copy_piece(tile + row * kTileStride + share.column, wanted ? base + places[token] + column.channel : base, wanted,
+               piece);
   }
 }
 
@@ -161,7 +172,8 @@ POSMLP_DEVICE void finish_tokens(T* tile, const Call<T>& call, const PanelColumn
 
 // dz * act(x2), in the place of dz.
 template <class T>
-POSMLP_DEVICE void finish_gradients(T* dz, const T* x2, Activation activation, const TileShare& share, int rows, int piece) {
+POSMLP_DEVICE void finish_gradients(T* dz, const T* x2, Activation activation, const TileShare& share, int rows,
+                                    int piece) {
   for (int row = share.first_row; row < rows; row += share.row_step)
     for (int i = 0; i < piece; ++i) {
       const int at = row * kTileStride + share.column + i;

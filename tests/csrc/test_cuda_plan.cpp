@@ -11,15 +11,16 @@ using namespace posmlp::cuda;
 
 namespace {
 
-constexpr Chip kChips[] = {{108, 163 << 10, 80}, {84, 99 << 10, 86},   {128, 99 << 10, 89},
+constexpr Chip kChips[] = {{108, 163 << 10, 80}, {84, 99 << 10, 86},    {128, 99 << 10, 89},
                            {132, 227 << 10, 90}, {148, 227 << 10, 100}, {170, 99 << 10, 120}};
 
 struct Gate {
   const char* name;
   int64_t map, window, channels, groups, shift;
 };
-constexpr Gate kGates[] = {{"stage 1", 56, 14, 192, 8, 0},   {"stage 2", 28, 14, 384, 16, 0},   {"stage 3", 14, 14, 768, 32, 0},
-                           {"stage 4", 7, 7, 768, 64, 0},    {"window 24", 48, 24, 192, 8, 0},  {"window 24, shifted", 56, 24, 192, 8, 12},
+constexpr Gate kGates[] = {{"stage 1", 56, 14, 192, 8, 0},    {"stage 2", 28, 14, 384, 16, 0},
+                           {"stage 3", 14, 14, 768, 32, 0},   {"stage 4", 7, 7, 768, 64, 0},
+                           {"window 24", 48, 24, 192, 8, 0},  {"window 24, shifted", 56, 24, 192, 8, 12},
                            {"window 32", 32, 32, 384, 16, 0}, {"odd width", 20, 5, 21, 7, 2}};
 
 int failures = 0;
@@ -36,7 +37,8 @@ Call<Bf16> call_of(const Gate& gate, const Chip& chip, int64_t batch) {
   call.shape.batch = batch;
   call.shape.channels = gate.channels;
   call.shape.groups = gate.groups;
-  for (int d = 1; d < kRank; ++d) call.shape.map[d] = gate.map, call.shape.window[d] = gate.window, call.shape.shift[d] = gate.shift;
+  for (int d = 1; d < kRank; ++d)
+    call.shape.map[d] = gate.map, call.shape.window[d] = gate.window, call.shape.shift[d] = gate.shift;
   call.x = call.dz = call.z = call.dx = memory;
   call.x_view = call.dx_view = call.shape.contiguous(2 * gate.channels);
   call.z_view = call.dz_view = call.shape.contiguous(gate.channels);
@@ -49,14 +51,17 @@ template <Product kProduct>
 TensorPlan check_product(const Gate& gate, const Chip& chip, const char* product) {
   const Call<Bf16> call = call_of(gate, chip, 128);
   const TensorPlan p = plan_product<Bf16, kProduct>(call, chip);
-  const std::string where = std::string(gate.name) + ", " + product + ", sm_" + std::to_string(chip.architecture) + ": ";
+  const std::string where =
+      std::string(gate.name) + ", " + product + ", sm_" + std::to_string(chip.architecture) + ": ";
   const int64_t tokens = call.shape.window_tokens();
   expect(p.shared_bytes > 0 && p.shared_bytes <= chip.shared_bytes, where + "shared memory fits");
-  expect(p.warps >= 1 && p.warps <= kMostWarps && p.warps * 32 * p.row_blocks >= tokens, where + "all rows have a warp");
+  expect(p.warps >= 1 && p.warps <= kMostWarps && p.warps * 32 * p.row_blocks >= tokens,
+         where + "all rows have a warp");
   expect(p.warps * 32 * (p.row_blocks - 1) < tokens, where + "no block is without rows");
   expect(p.keys % 16 == 0 && p.keys * p.chunks >= tokens && (!p.keep || p.chunks == 1), where + "all keys are covered");
   expect(p.stages == 2 || p.stages == 3, where + "two or three stages");
-  expect(p.piece == (gate.channels / gate.groups % 8 ? gate.channels / gate.groups % 4 ? 1 : 4 : 8), where + "widest copies");
+  expect(p.piece == (gate.channels / gate.groups % 8 ? gate.channels / gate.groups % 4 ? 1 : 4 : 8),
+         where + "widest copies");
   // `columns` has two tensors in flight, which leave P no room on chips of 99 KB
   const bool roomy = chip.shared_bytes > 160 << 10, two = kProduct == Product::columns;
   if (tokens <= 196) expect(p.keep || (two && !roomy), where + "P stays in shared memory");

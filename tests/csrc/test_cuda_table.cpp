@@ -40,8 +40,8 @@ bool check() {
   call.window.rank = rank;
   for (int d = gqpe::kRank - rank; d < gqpe::kRank; ++d) call.window.window[d] = pick(1, rank == 3 ? 5 : 15);
   const int64_t entries = call.entries();
-  const auto center = random_values<A>(groups * rank, pick(0, 1) ? 1 : 30), factor = random_values<A>(groups * rank * rank, 1),
-             dtable = random_values<A>(groups * entries, 1);
+  const auto center = random_values<A>(groups * rank, pick(0, 1) ? 1 : 30),
+             factor = random_values<A>(groups * rank * rank, 1), dtable = random_values<A>(groups * entries, 1);
   std::vector<A> table(groups * entries, A(NAN)), dcenter(center.size(), A(NAN)), dfactor(factor.size(), A(NAN));
   call.center = center.data(), call.factor = factor.data(), call.dtable = dtable.data();
   call.table = table.data(), call.dcenter = dcenter.data(), call.dfactor = dfactor.data();

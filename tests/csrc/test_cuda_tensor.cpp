@@ -51,7 +51,8 @@ struct Problem {
 
     // x and dz may be pieces of wider tensors, at any address
     const int64_t tokens = s.batch * s.map_tokens(), n = s.window_tokens();
-    const int64_t pad = pick(0, 2) * pick(1, 8), x_width = 2 * s.channels + pad, dz_width = s.channels + pad, skip = pick(0, 1) * pick(1, 8);
+    const int64_t pad = pick(0, 2) * pick(1, 8), x_width = 2 * s.channels + pad, dz_width = s.channels + pad,
+                  skip = pick(0, 1) * pick(1, 8);
     x = random_values<T>(skip + tokens * x_width);
     dz = random_values<T>(skip + tokens * dz_width);
     call.x = x.data() + skip, call.dz = dz.data() + skip;
@@ -62,8 +63,10 @@ struct Problem {
     if (pick(0, 1)) bias = random_values<float>(n), call.bias = bias.data();
     if (pick(0, 1)) {
       norm_weight = random_values<float>(s.channels), norm_bias = random_values<float>(s.channels);
-      mean = random_values<float>(tokens), rstd = random_values<float>(tokens), dx_normed.assign(tokens * s.channels, NAN);
-      call.norm_weight = norm_weight.data(), call.norm_bias = norm_bias.data(), call.mean = mean.data(), call.rstd = rstd.data();
+      mean = random_values<float>(tokens), rstd = random_values<float>(tokens),
+      dx_normed.assign(tokens * s.channels, NAN);
+      call.norm_weight = norm_weight.data(), call.norm_bias = norm_bias.data(), call.mean = mean.data(),
+      call.rstd = rstd.data();
       call.dx_normed = dx_normed.data();
     }
     mixing.assign(call.class_count * s.groups * call.side * call.side, T{0});
@@ -120,10 +123,12 @@ struct Expected {
                 mixed[i] += double(to_accumulation(p[i * call.side + j])) * tokens1[j];
                 dmixing[((c * s.groups + g) * n + i) * n + j] += gradient[i] * tokens1[j];
               }
-              const double x2 = to_accumulation(x[x_at[i] + C + ch]), y = mixed[i] + (call.bias ? call.bias[place[i]] : 0);
+              const double x2 = to_accumulation(x[x_at[i] + C + ch]),
+                           y = mixed[i] + (call.bias ? call.bias[place[i]] : 0);
               const int64_t t = first + at[i];
               z[t * C + ch] = y * activate(call.activation, x2);
-              dx[t * 2 * C + C + ch] = double(to_accumulation(dz[dz_at[i] + ch])) * y * activation_slope(call.activation, x2);
+              dx[t * 2 * C + C + ch] =
+                  double(to_accumulation(dz[dz_at[i] + ch])) * y * activation_slope(call.activation, x2);
               dbias[(c * s.groups + g) * n + i] += gradient[i];
             }
             for (int64_t j = 0; j < present; ++j) {
@@ -143,7 +148,8 @@ struct Expected {
 bool close(const char* name, const std::vector<double>& expected, const std::vector<double>& actual, double epsilon) {
   double scale = 1, error = 0;
   for (double value : expected) scale = std::max(scale, std::fabs(value));
-  for (size_t i = 0; i < expected.size(); ++i) error = std::max(error, std::isnan(actual[i]) ? INFINITY : std::fabs(actual[i] - expected[i]));
+  for (size_t i = 0; i < expected.size(); ++i)
+    error = std::max(error, std::isnan(actual[i]) ? INFINITY : std::fabs(actual[i] - expected[i]));
   if (error <= 6 * epsilon * scale) return true;
   std::printf("%s is off by %g where it reaches %g\n", name, error, scale);
   return false;
@@ -189,7 +195,9 @@ bool check(double epsilon) {
   const Call<T>& call = p.call;
   if (!run_product<T, Product::gate>(p, chip) || !run_product<T, Product::rows>(p, chip) ||
       !run_product<T, Product::columns>(p, chip))
-    return std::printf("no cut of %lld tokens for %lld bytes\n", (long long)call.shape.window_tokens(), (long long)chip.shared_bytes), false;
+    return std::printf("no cut of %lld tokens for %lld bytes\n", (long long)call.shape.window_tokens(),
+                       (long long)chip.shared_bytes),
+           false;
   pick(0, 1) ? run_outer<T, 26>(p, chip) : run_outer<T, 8>(p, chip);
   const Expected<T> e(call);
   bool good = close("z", e.z, in_double(p.z), epsilon);
@@ -212,7 +220,8 @@ int main(int argc, char** argv) {
   const uint64_t seed = argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 1;
   for (int i = 0; i < count; ++i) {
     generator.seed(seed + i);
-    if (!(i % 2 ? check<Bf16>(0x1p-8) : check<Half>(0x1p-11))) return std::printf("problem %llu failed\n", (unsigned long long)(seed + i)), 1;
+    if (!(i % 2 ? check<Bf16>(0x1p-8) : check<Half>(0x1p-11)))
+      return std::printf("problem %llu failed\n", (unsigned long long)(seed + i)), 1;
   }
   std::printf("%d problems, 0 failed\n", count);
 }
