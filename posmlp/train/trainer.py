@@ -8,6 +8,7 @@ state has to be kept.
 from __future__ import annotations
 
 import math
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -132,7 +133,7 @@ class Trainer:
             if stop or save:
                 self._save_state()
             if stop:
-                raise StoppedError(signals.received)
+                raise StoppedError(signals.received or signal.SIGTERM)  # or another process was asked
 
     def _update(self, batches: Iterator[Batch]) -> Tensor:
         """One update of the weights; returns its loss and its gradient's norm, still on the device."""
