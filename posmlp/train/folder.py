@@ -29,9 +29,10 @@ class RunFolder:
 
     def clear(self) -> None:
         """Remove what an earlier run has left, so that nobody resumes it by mistake."""
-        for pattern in ("config.json", "state.pt", "log.csv", "events.out.tfevents.*", "*.safetensors"):
-            for path in self.path.glob(pattern):
-                path.unlink()
+        weights = (self.weights(name) for name in ("initial", "last", "ema", "best"))
+        ours = [self.config, self.state, self.log, *weights, *self.path.glob("events.out.tfevents.*")]
+        for path in ours:
+            path.unlink(missing_ok=True)
 
     def read_settings(self) -> Settings | None:
         """The settings of the run that is here, or None. Raises: `ValueError` for a damaged file."""

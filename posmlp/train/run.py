@@ -68,16 +68,16 @@ def _train(settings: Settings, resume: bool, shown: bool, world: World) -> list[
     model, notes = make_model(settings, card)
     model.to(world.device)
     loaders = _loaders(settings, card, training, validation, world)
-    update = 0 if state is None else state["place"]["epoch"] * loaders[0].updates
-    report = Report(shown and world.is_first, folder.path if world.is_first else None, update)
-    trainer = Trainer(model, card, recipe, *loaders, world, folder, report, compile=settings.compile)
-    if state is not None:
-        trainer.resume(state)
     if world.is_first:
         if state is None:
             folder.clear()
             folder.write_weights("initial", model, card)
         folder.write_settings(settings)
+    update = 0 if state is None else state["place"]["epoch"] * loaders[0].updates
+    report = Report(shown and world.is_first, folder.path if world.is_first else None, update)
+    trainer = Trainer(model, card, recipe, *loaders, world, folder, report, compile=settings.compile)
+    if state is not None:
+        trainer.resume(state)
     _announce(report, settings, trainer, (len(training.labels), len(validation.labels)), notes)
     return trainer.run()
 

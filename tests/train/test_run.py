@@ -46,6 +46,14 @@ def log(out: str | Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def scalars(out: str | Path, tag: str) -> list[float]:
+    """What TensorBoard shows of a run."""
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    accumulator = events.EventAccumulator(str(out))
+    accumulator.Reload()
+    return [pytest.approx(event.value) for event in accumulator.Scalars(tag)]
+
+
 def assert_same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
     assert a.keys() == b.keys()
     assert not [name for name in a if not torch.equal(a[name], b[name])]
@@ -65,12 +73,24 @@ def test_a_run_writes_what_it_promises(settings, straight):
     assert Settings.from_json(folder.config.read_text()).recipe == settings.recipe
     assert [int(row["epoch"]) for row in log(settings.out)] == [1, 2, 3, 4]
     assert float(log(settings.out)[-1]["val_top1"]) == rows[-1]["val_top1"]
-    assert list(folder.path.glob("events.out.tfevents.*"))
+    assert scalars(settings.out, "val/top1") == [row["val_top1"] for row in rows]
     assert not [path for path in folder.path.iterdir() if path.name.startswith(".")], "a partial file is left"
     for name in WEIGHTS:
         model, card = load_model(folder.weights(name))
         assert card.classes == ["dark", "light"] and card.side == 16 and model.num_classes == 2
     assert_same_bits(outcome(settings.out), straight)
+
+
+def test_a_new_run_leaves_other_files_alone(settings):
+    """In a folder without a run: only what a run writes is replaced."""
+    folder = RunFolder(settings.out)
+    for name in ("precious.safetensors", "notes.txt", "last.safetensors"):
+        (folder.path / name).write_text("mine")
+    one = settings.recipe.changed(epochs=1)
+    train(dataclasses.replace(settings, recipe=one), shown=False)
+    assert (folder.path / "precious.safetensors").read_text() == "mine"
+    assert (folder.path / "notes.txt").read_text() == "mine"
+    load_model(folder.weights("last"))
 
 
 def test_it_learns(settings):
