@@ -129,6 +129,8 @@ class Settings:
         device: None is a GPU if there is one.
         threads: of the CPU; None is torch's choice.
         compile: run the model through `torch.compile`.
+
+    Raises: `ValueError` for a number that is too small.
     """
 
     data: str
@@ -146,6 +148,13 @@ class Settings:
     device: str | None = None
     threads: int | None = None
     compile: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in (("img_size", 1), ("windows", 1), ("workers", 0), ("threads", 1)):
+            value = getattr(self, name)
+            for number in value if isinstance(value, (tuple, list)) else (value,):
+                if number is not None and number < least:
+                    raise ValueError(f"{name} must be at least {least}, got {number}")
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2) + "\n"

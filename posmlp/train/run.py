@@ -192,21 +192,27 @@ def resolve(options: Mapping[str, Any], recipe: str | None, resume: bool) -> Set
         return _same_run(here, {**options, "out": out}, recipe)
     if "data" not in options:
         raise ValueError("DATA is missing" + (f", and {out} holds no run to resume" if resume else ""))
-    names = {field.name for field in dataclasses.fields(Recipe)}
     model = options.get("model", Settings.model)
-    base = RECIPES[recipe or recipe_name(options["data"], model)]
+    changes, others = _recipe_and_rest(options)
+    defaults = {
+        "workers": 0 if options["data"] == "digits" else default_workers(),
+        "threads": torch.get_num_threads(),  # sums in another order end in other weights
+    }
+    given = {"out": out, "recipe": RECIPES[recipe or recipe_name(options["data"], model)].changed(**changes)}
+    return Settings(**defaults | others | given)
+
+
+def _recipe_and_rest(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    names = {field.name for field in dataclasses.fields(Recipe)}
     changes = {name: value for name, value in options.items() if name in names}
-    others = {name: value for name, value in options.items() if name not in names}
-    threads = others.pop("threads", torch.get_num_threads())  # sums in another order end in other weights
-    return Settings(**others | {"out": out, "recipe": base.changed(**changes), "threads": threads})
+    return changes, {name: value for name, value in options.items() if name not in names}
 
 
 def _same_run(here: Settings, options: Mapping[str, Any], recipe: str | None) -> Settings:
     """The settings in a folder, if the given ones agree with them."""
+    changes, given = _recipe_and_rest(options)
+    given |= changes if recipe is None else vars(RECIPES[recipe].changed(**changes))
     known = vars(here) | vars(here.recipe)
-    given = dict(options)
-    if recipe is not None:
-        given = vars(RECIPES[recipe]) | given
     for name, value in given.items():
         if name in _FREE:
             continue
@@ -219,10 +225,7 @@ def _same_run(here: Settings, options: Mapping[str, Any], recipe: str | None) ->
 
 
 def default_workers() -> int:
-    """Processes that load images: the processors that a training process may have, less its own."""
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return (
-        max(0, min(8, len(os.sched_getaffinity(0)) // processes - 1))
-        if hasattr(os, "sched_getaffinity")
-        else 2
-    )
+    """Processes that load images for each training process: its share of the processors, less its own."""
+    sees_affinity = hasattr(os, "sched_getaffinity")
+    processors = len(os.sched_getaffinity(0)) if sees_affinity else os.cpu_count() or 1
+    return max(0, min(8, processors // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1))

@@ -237,6 +237,9 @@ def test_what_resume_refuses(settings, capsys):
     assert main([*command(settings, "--resume"), "--lr", "0.5"]) == 2
     assert "lr must be" in capsys.readouterr().err
     assert main(command(settings, "--resume")) == 0, "nothing is left to do"
+    assert main(command(settings, "--resume", "--recipe", "tiny")) == 0, "which is the recipe that it had"
+    assert main(command(settings, "--resume", "--recipe", "digits")) == 2
+    assert "must be" in capsys.readouterr().err
     assert RunFolder(settings.out).state.read_bytes() == before
     RunFolder(settings.out).state.write_bytes(before[:1000])
     assert main(command(settings, "--resume")) == 2
