@@ -97,10 +97,7 @@ void forward(Launcher& launcher, const Call<T>& call, const Chip& chip) {
 template <class T, class Launcher>
 void backward_of_tokens(Launcher& launcher, const Call<T>& call, const Chip& chip) {
   if constexpr (sizeof(T) == 2)
-    if (on_tensor_cores(call, chip)) {
-      launch_product<T, Product::rows>(launcher, call, chip);
-      return launch_product<T, Product::columns>(launcher, call, chip);
-    }
+    if (on_tensor_cores(call, chip)) return launch_backward_products(launcher, call, chip);
   launch<PlainBackwardKernel<T>>(launcher, call);
 }
 

@@ -44,6 +44,7 @@ TensorPlan plan_product(const Call<T>& call, const Chip& chip) {
   for (const bool keep : {true, false})
     for (int row_blocks = int(divide_up(all_warps, kMostWarps)); row_blocks <= all_warps; ++row_blocks) {
       // Half of the rows or fewer at a time are worth it only if P stays; else any tile will do.
+      if (kProduct == Product::both && (!keep || row_blocks > 1)) continue;
       plan.warps = int(divide_up(all_warps, row_blocks));
       plan.row_blocks = int(divide_up(all_warps, plan.warps));
       plan.keep = keep;
@@ -98,9 +99,18 @@ template <class T, Product kProduct, class Launcher>
 void launch_product(Launcher& launcher, Call<T> call, const Chip& chip) {
   using Kernel = TensorProductKernel<T, kProduct>;
   const TensorPlan plan = plan_product<T, kProduct>(call, chip);
-  if (kProduct != Product::rows) call.splits = count_tensor_splits(call, chip, plan.row_blocks, plan.shared_bytes);
+  if (kProduct == Product::gate || kProduct == Product::columns) call.splits = count_tensor_splits(call, chip, plan.row_blocks, plan.shared_bytes);
   launcher.template launch<Kernel>(typename Kernel::Arguments{call, plan}, Kernel::grid(call, plan), plan.shared_bytes,
                                    plan.warps * kWarp);
+}
+
+// dx, and the sums by row: in one pass where that fits.
+template <class T, class Launcher>
+void launch_backward_products(Launcher& launcher, const Call<T>& call, const Chip& chip) {
+  if (plan_product<T, Product::both>(call, chip).shared_bytes > 0)
+    return launch_product<T, Product::both>(launcher, call, chip);
+  launch_product<T, Product::rows>(launcher, call, chip);
+  launch_product<T, Product::columns>(launcher, call, chip);
 }
 
 template <class T, int kKeyTiles, class Launcher>

@@ -1,25 +1,26 @@
-// The three products with P on tensor cores, for 16-bit types:
+// The products with P on tensor cores, for 16-bit types:
 //
 //     gate      Y = P X1,   z   = (Y + b) * x2
 //     rows      Y = P X1,   dx2 = dz * (Y + b) * act'(x2),  db += G                       G = dz * act(x2)
 //     columns               dx1 = P^T G * act'(x1), or the gradient of the normed X1
+//     both      rows, then columns, of a panel that is read once
 //
 // A block keeps its rows of P (of P^T) in shared memory and streams panels past them: while it multiplies one, the next
 // are on their way. Each warp has 32 rows and the panel's kColumns columns, 32 sums a thread. Where P does not fit, its
 // rows come with the panels, in chunks of keys, from the second-level cache. What the epilogue needs of x and dz is
 // fetched into registers before the product, so that its latency hides behind it.
 //
-// Bytes: gate reads 2C and writes C elements a token. rows reads 3C and writes C, columns reads 2C (3C with an
-// activation) and writes C: 7C to 8C where one pass would move 5C. One pass would need P both ways beside three panels,
-// and columns could not start before all rows are through; blocks that run side by side find each other's lines in the
-// second-level cache.
+// Bytes: gate reads 2C and writes C elements a token. both reads 3C and writes 2C, the least there is (with an activation
+// x1 comes once more, from the cache). It needs all of P and three tiles a stage in one block: 197 KB for a window of
+// 14 x 14, which sm_90 and sm_100 have. Elsewhere rows reads 3C and writes C, columns reads 2C or 3C and writes C; blocks
+// that run side by side find each other's lines in the second-level cache.
 #pragma once
 
 #include "cuda_tensor_tiles.cuh"
 
 namespace posmlp::cuda {
 
-enum class Product { gate, rows, columns };
+enum class Product { gate, rows, columns, both };
 
 template <class T>
 struct ProductArguments {
@@ -31,8 +32,9 @@ template <class T, Product kProduct>
 struct TensorProductKernel {
   using Arguments = ProductArguments<T>;
   static constexpr int kThreads = kMostWarps * kWarp, kRowTiles = 2, kColumnTiles = kColumns / 8;
-  static constexpr bool kTransposed = kProduct == Product::columns;
-  static constexpr int kTiles = kTransposed ? 2 : 1;  // dz and x2, or X1
+  static constexpr bool kTransposed = kProduct == Product::columns, kBoth = kProduct == Product::both;
+  static constexpr Product kFirst = kBoth ? Product::rows : kProduct;
+  static constexpr int kTiles = kBoth ? 3 : kTransposed ? 2 : 1;  // X1, x2, dz; or dz, x2; or X1
 
   static POSMLP_BOTH int64_t grid(const Call<T>& call, const TensorPlan& plan) {
     return call.shape.groups * plan.row_blocks * call.class_count * call.splits;
@@ -86,6 +88,7 @@ struct TensorProductKernel {
           columns(reinterpret_cast<PanelColumn*>(stages + plan.stages * stage_elements(plan))),
           offsets(columns + plan.stages * kColumns, call.shape) {}
 
+    POSMLP_DEVICE int64_t tile_size() const { return int64_t(plan.keys) * kTileStride; }
     POSMLP_DEVICE T* stage(int64_t step) const { return stages + step % plan.stages * stage_elements(plan); }
     POSMLP_DEVICE PanelColumn* columns_of(int64_t step) const { return columns + step % plan.stages * kColumns; }
     POSMLP_DEVICE int64_t panel(int64_t step) const { return unit.split + step / plan.chunks * call.splits; }
@@ -104,12 +107,18 @@ struct TensorProductKernel {
         finish(step);
         sync_threads();
         copy(step + plan.stages - 1, steps);
-        if (step % plan.chunks == 0) begin(step);
-        multiply(plan.keep ? kept : stage(step) + kTiles * plan.keys * kTileStride, stage(step));
-        if (step % plan.chunks == plan.chunks - 1) end(step);
+        if (step % plan.chunks == 0) begin<kFirst>(step);
+        multiply<kTransposed>(plan.keep ? kept : stage(step) + kTiles * tile_size(), stage(step));
+        if (step % plan.chunks == plan.chunks - 1) end<kFirst>(step);
+        if constexpr (kBoth) {
+          sync_threads();  // G has taken the place of dz
+          begin<Product::columns>(step);
+          multiply<true>(kept, stage(step) + 2 * tile_size());
+          end<Product::columns>(step);
+        }
       }
       copies_wait<0>();
-      if constexpr (kProduct == Product::rows)
+      if constexpr (kFirst == Product::rows)
         if (call.dbias_parts) store_row_sums();
     }
 
@@ -137,12 +146,10 @@ struct TensorProductKernel {
             columns_of(step)[share.column + i] = i ? panels.column(panel(step), share.column + i) : column;
         T* tile = stage(step);
         const int first = first_key(step);
-        const Source source = kTransposed ? Source::dz : Source::x1;
-        copy_tile(tile, call, source, column, offsets, share, first, plan.keys, tokens, plan.piece);
-        if constexpr (kTransposed)
-          copy_tile(tile + plan.keys * kTileStride, call, Source::x2, column, offsets, share, first, plan.keys, tokens,
-                    plan.piece);
-        if (!plan.keep) copy_p(tile + kTiles * plan.keys * kTileStride, first);
+        constexpr Source kSources[] = {kTransposed ? Source::dz : Source::x1, Source::x2, Source::dz};
+        for (int i = 0; i < kTiles; ++i, tile += tile_size())
+          copy_tile(tile, call, kSources[i], column, offsets, share, first, plan.keys, tokens, plan.piece);
+        if (!plan.keep) copy_p(tile, first);
       }
       copies_commit();
     }
@@ -151,7 +158,7 @@ struct TensorProductKernel {
     POSMLP_DEVICE void finish(int64_t step) const {
       T* tile = stage(step);
       if constexpr (kTransposed) {
-        finish_gradients(tile, tile + plan.keys * kTileStride, call.activation, share, plan.keys, plan.piece);
+        finish_gradients(tile, tile + tile_size(), call.activation, share, plan.keys, plan.piece);
       } else if (call.norm_weight || call.activation != Activation::none) {
         const PanelColumn column = call.norm_weight ? panels.column(panel(step), share.column) : PanelColumn{};
         finish_tokens(tile, call, column, offsets, share, first_key(step), plan.keys, tokens, plan.piece);
@@ -160,13 +167,14 @@ struct TensorProductKernel {
 
     // ---- the product ----
 
+    template <bool kOfTransposed>
     POSMLP_DEVICE void multiply(const T* p, const T* tile) {
       const int warp_row = thread_index() / kWarp * 32, stride = int(p_stride(plan));
       for (int k = 0; k < plan.keys; k += 16) {
         uint32_t a[kRowTiles][4], b[kColumnTiles / 2][4];
         POSMLP_UNROLL for (int r = 0; r < kRowTiles; ++r) {
           const int row = warp_row + 16 * r;
-          load_a<kTransposed>(a[r], p + (kTransposed ? k * stride + row : row * stride + k), stride);
+          load_a<kOfTransposed>(a[r], p + (kOfTransposed ? k * stride + row : row * stride + k), stride);
         }
         POSMLP_UNROLL for (int c = 0; c < kColumnTiles / 2; ++c)
           load_b<false>(b[c], tile + k * kTileStride + 16 * c, kTileStride);
@@ -194,54 +202,66 @@ struct TensorProductKernel {
         }
     }
 
-    // Clears the sums, and fetches what `end` will need.
+    // Clears the sums, and fetches what `end` will need and is not in shared memory.
+    template <Product kPart>
     POSMLP_DEVICE void begin(int64_t step) {
       POSMLP_UNROLL for (auto& rows : sums)
         POSMLP_UNROLL for (auto& piece : rows) piece[0] = piece[1] = piece[2] = piece[3] = 0;
-      if (kTransposed && (call.activation == Activation::none || call.norm_weight)) return;
-      const T* x = call.x + (kTransposed ? 0 : call.shape.channels);
+      constexpr bool kColumnsPart = kPart == Product::columns;
+      if (kBoth && !kColumnsPart) return;
+      if (kColumnsPart && (call.activation == Activation::none || call.norm_weight)) return;
+      const T* x = call.x + (kColumnsPart ? 0 : call.shape.channels);
       for_each_pair(columns_of(step), [&](int r, int half, int row, int c, const auto& one, const auto& two) {
         words[0][r][c][half] =
             load_pair(x + one.x + offsets.x[row] + one.channel, x + two.x + offsets.x[row] + two.channel, one, two);
-        if constexpr (kProduct == Product::rows)
+        if constexpr (kPart == Product::rows)
           words[1][r][c][half] = load_pair(call.dz + one.dz + offsets.dz[row] + one.channel,
                                            call.dz + two.dz + offsets.dz[row] + two.channel, one, two);
       });
     }
 
+    // The outputs, from the sums, x2 (or x1) and dz. In `both`, rows leaves G where columns will read it.
+    template <Product kPart>
     POSMLP_DEVICE void end(int64_t step) {
       for_each_pair(columns_of(step), [&](int r, int half, int row, int c, const auto& one, const auto& two) {
         if (one.channel < 0) return;
-        float out[2];
+        uint32_t x = words[0][r][c][half], dz = kPart == Product::rows ? words[1][r][c][half] : 0;
+        uint32_t* const in_tile = reinterpret_cast<uint32_t*>(stage(step) + row * kTileStride + column_of(c));
+        if constexpr (kBoth && kPart == Product::rows) x = in_tile[tile_size() / 2], dz = in_tile[tile_size()];
+        float out[2], gradients[2];
         POSMLP_UNROLL for (int i = 0; i < 2; ++i)
-          out[i] = value(r, half, row, sums[r][c][2 * half + i], part(words[0][r][c][half], i),
-                         part(words[1][r][c][half], i), (i ? two : one).channel >= 0);
-        store(row, one, two, out);
+          out[i] = value<kPart>(row, sums[r][c][2 * half + i], part(x, i), part(dz, i), gradients[i]);
+        if constexpr (kPart == Product::rows)
+          row_gradients[r][half] += gradients[0] + (two.channel >= 0 ? gradients[1] : 0.0f);
+        if constexpr (kBoth && kPart == Product::rows)
+          in_tile[tile_size()] = pair_of(round_to<T>(gradients[0]), round_to<T>(gradients[1]));
+        store<kPart>(row, one, two, out);
       });
     }
 
-    // An output from its sum, x2 (or x1) and dz.
-    POSMLP_DEVICE float value(int r, int half, int row, float sum, float x, float dz, bool inside) {
-      if constexpr (kTransposed) {
-        return call.activation == Activation::none || call.norm_weight ? sum
-                                                                       : sum * activation_slope(call.activation, x);
+    template <Product kPart>
+    POSMLP_DEVICE float value(int row, float sum, float x, float dz, float& gradient) const {
+      if constexpr (kPart == Product::columns) {
+        const bool flat = call.activation == Activation::none || call.norm_weight;
+        return flat ? sum : sum * activation_slope(call.activation, x);
       } else {
         const float mixed = sum + (call.bias ? call.bias[token_index(row)] : 0.0f), gate = activate(call.activation, x);
-        if constexpr (kProduct == Product::gate) return mixed * gate;
-        if (inside) row_gradients[r][half] += dz * gate;
+        if constexpr (kPart == Product::gate) return mixed * gate;
+        gradient = dz * gate;
         return dz * mixed * activation_slope(call.activation, x);
       }
     }
 
+    template <Product kPart>
     POSMLP_DEVICE void store(int row, const PanelColumn& one, const PanelColumn& two, const float (&out)[2]) const {
-      if (kTransposed && call.norm_weight) {
+      if (kPart == Product::columns && call.norm_weight) {
         float* to = call.dx_normed + one.channel + (one.token + offsets.token[row]) * call.shape.channels;
         to[0] = out[0];
         if (two.channel >= 0) to[two.channel - one.channel + (two.token - one.token) * call.shape.channels] = out[1];
         return;
       }
       T* to = (kProduct == Product::gate ? call.z : call.dx) + offsets.out[row];
-      if (kProduct == Product::rows) to += call.shape.channels;
+      if (kPart == Product::rows) to += call.shape.channels;
       store_pair(to + one.out + one.channel, to + two.out + two.channel, out, two.channel >= 0);
     }
 
@@ -258,6 +278,8 @@ struct TensorProductKernel {
       return to_accumulation(T{uint16_t(i ? word >> 16 : word)});
     }
 
+    POSMLP_DEVICE static uint32_t pair_of(T first, T second) { return first.bits | uint32_t(second.bits) << 16; }
+
     POSMLP_DEVICE uint32_t load_pair(const T* first, const T* second, const PanelColumn& one,
                                      const PanelColumn& two) const {
       if (one.channel < 0) return 0;
@@ -268,7 +290,7 @@ struct TensorProductKernel {
     POSMLP_DEVICE void store_pair(T* first, T* second, const float (&out)[2], bool both) const {
       const T one = round_to<T>(out[0]), two = round_to<T>(out[1]);
       if (plan.pairs) {
-        *reinterpret_cast<uint32_t*>(first) = one.bits | uint32_t(two.bits) << 16;
+        *reinterpret_cast<uint32_t*>(first) = pair_of(one, two);
         return;
       }
       *first = one;

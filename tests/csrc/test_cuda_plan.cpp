@@ -69,6 +69,18 @@ TensorPlan check_product(const Gate& gate, const Chip& chip, const char* product
   return p;
 }
 
+// One pass for dx where P and three tiles fit: on every chip for small windows, on the largest for 14 x 14.
+void check_both(const Gate& gate, const Chip& chip) {
+  const Call<Bf16> call = call_of(gate, chip, 128);
+  const TensorPlan p = plan_product<Bf16, Product::both>(call, chip);
+  const std::string where = std::string(gate.name) + ", both, sm_" + std::to_string(chip.architecture) + ": ";
+  const int64_t tokens = call.shape.window_tokens();
+  expect(p.shared_bytes <= chip.shared_bytes, where + "shared memory fits");
+  expect(p.shared_bytes < 0 || (p.keep && p.row_blocks == 1), where + "all of P is in one block");
+  const bool wanted = tokens <= 64 || (tokens <= 196 && chip.shared_bytes >= 227 << 10);
+  expect(!wanted || p.shared_bytes > 0, where + "it is possible");
+}
+
 void check_outer(const Gate& gate, const Chip& chip) {
   const Call<Bf16> call = call_of(gate, chip, 128);
   const OuterPlan p = plan_outer<Bf16, kManyKeyTiles>(call, chip);
@@ -114,6 +126,7 @@ int main(int argc, char** argv) {
       check_product<Product::gate>(gate, chip, "gate");
       check_product<Product::rows>(gate, chip, "rows");
       check_product<Product::columns>(gate, chip, "columns");
+      check_both(gate, chip);
       check_outer(gate, chip);
       check_workspace(gate, chip);
     }

@@ -193,8 +193,9 @@ bool check(double epsilon) {
   const Chip chip{4, int64_t(pick(0, 1) ? 227 : pick(40, 99)) << 10, 90};
   Problem<T> p(pick(0, 3) ? 60 : 500);
   const Call<T>& call = p.call;
-  if (!run_product<T, Product::gate>(p, chip) || !run_product<T, Product::rows>(p, chip) ||
-      !run_product<T, Product::columns>(p, chip))
+  const bool at_once = pick(0, 1) && run_product<T, Product::both>(p, chip);
+  if (!run_product<T, Product::gate>(p, chip) ||
+      !(at_once || (run_product<T, Product::rows>(p, chip) && run_product<T, Product::columns>(p, chip))))
     return std::printf("no cut of %lld tokens for %lld bytes\n", (long long)call.shape.window_tokens(),
                        (long long)chip.shared_bytes),
            false;
