@@ -14,7 +14,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-ARCHITECTURES = "8.0 8.6 8.9 9.0a 10.0 12.0+PTX"
+ARCHITECTURES = "8.0 8.6 8.9 9.0a 10.0 12.0"
 SOURCES = sorted(str(path) for path in [Path("csrc/module.cpp"), *Path("csrc").rglob("*.cu")])
 FLAGS = (
     "-std=c++17", "-O3", "-shared", "-cudart=static", "-Xcompiler=-fPIC", "--expt-relaxed-constexpr",
@@ -39,6 +39,13 @@ def code_flags(architectures: str) -> list[str]:
     return flags
 
 
+def default_architectures(nvcc: str) -> str:
+    """Those of `ARCHITECTURES` that this toolkit knows, the last one as PTX too."""
+    listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
+    known = [entry for entry in ARCHITECTURES.split() if f"sm_{entry.replace('.', '').rstrip('a')}" in listed]
+    return " ".join(known or ARCHITECTURES.split()) + "+PTX"
+
+
 def main(library: str) -> int:
     """Returns nvcc's exit status; 0 where there is none, once that has been said."""
     nvcc = find_nvcc()
@@ -49,7 +56,7 @@ def main(library: str) -> int:
 
     Path(library).parent.mkdir(parents=True, exist_ok=True)
     folders = [*include_paths(), "csrc", "csrc/pos_gate", sysconfig.get_paths()["include"]]
-    code = code_flags(os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES)
+    code = code_flags(os.environ.get("TORCH_CUDA_ARCH_LIST") or default_architectures(nvcc))
     jobs = os.environ.get("MAX_JOBS") or str(min(4, os.cpu_count() or 1))
     options = [*FLAGS, *code, f"--threads={jobs}", *(f"-I{folder}" for folder in folders)]
     links = [*(f"-L{folder}" for folder in library_paths()), "-ltorch", "-ltorch_cpu", "-lc10"]

@@ -29,13 +29,15 @@ class Scores:
         in_top5: `[classes]` counts of images whose class is among the five most probable.
         loss: mean cross entropy.
         seconds: what it took, loading included.
-        broken: messages of the images that could not be read, and are not counted.
+        skipped: images that could not be read, and are not counted above.
+        broken: messages of those that this process met.
     """
 
     confusion: Tensor
     in_top5: Tensor
     loss: float
     seconds: float
+    skipped: int = 0
     broken: Sequence[str] = ()
 
     @property
@@ -74,10 +76,12 @@ def evaluate(
     was_training = model.training
     model.eval()
     start, broken = time.perf_counter(), []
-    sums = torch.zeros(classes * classes + classes + 1, dtype=torch.float64, device=world.device)
-    confusion, in_top5, loss = sums.split([classes * classes, classes, 1])  # views
+    sizes = [classes * classes, classes, 1, 1]
+    sums = torch.zeros(sum(sizes), dtype=torch.float64, device=world.device)
+    confusion, in_top5, loss, skipped = sums.split(sizes)  # views
     for batch in batches:
         broken += batch.broken
+        skipped += len(batch.broken)
         if not len(batch.labels):
             continue
         pixels, labels = (t.to(world.device, non_blocking=True) for t in (batch.pixels, batch.labels))
@@ -88,12 +92,16 @@ def evaluate(
         best = logits.topk(min(5, classes)).indices
         in_top5.index_add_(0, labels, (best == labels[:, None]).any(1).double())
         loss += F.cross_entropy(logits, labels, reduction="sum").double()
-    sums = world.sum(sums).cpu()
-    confusion, in_top5, loss = sums.split([classes * classes, classes, 1])
-    confusion = confusion.view(classes, classes)
+    confusion, in_top5, loss, skipped = world.sum(sums).cpu().split(sizes)
     model.train(was_training)
-    mean = (loss / confusion.sum()).item()
-    return Scores(confusion.long(), in_top5.long(), mean, time.perf_counter() - start, tuple(broken))
+    return Scores(
+        confusion.view(classes, classes).long(),
+        in_top5.long(),
+        (loss / confusion.sum()).item(),
+        time.perf_counter() - start,
+        int(skipped),
+        tuple(broken),
+    )
 
 
 # ---- the command ----
@@ -167,8 +175,7 @@ def _show(scores: Scores, names: Sequence[str], per_class: bool, confusion: str 
         f"{scores.count} images, top-1 {scores.top1:.2f} %, top-5 {scores.top5:.2f} %, loss {scores.loss:.4f}"
     )
     print(
-        f"{scores.images_per_second:.1f} images/s"
-        + (f", {len(scores.broken)} skipped" if scores.broken else "")
+        f"{scores.images_per_second:.1f} images/s" + (f", {scores.skipped} skipped" if scores.skipped else "")
     )
     if per_class:
         print(per_class_table(scores, names))

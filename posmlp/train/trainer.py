@@ -218,9 +218,10 @@ class Trainer:
                 model, self.validation, self.world, self.model.num_classes, self.recipe.precision
             )
             self.report.broken(scores.broken)
+            skipped = scores.skipped  # by both models the same
             row |= {f"{name}_loss": scores.loss, f"{name}_top1": scores.top1, f"{name}_top5": scores.top5}
         return row | {
-            "images_per_second": images / place.seconds, "seconds": place.seconds, "broken": int(broken)
+            "images_per_second": images / place.seconds, "seconds": place.seconds, "broken": int(broken) + skipped
         }  # fmt: skip
 
     def _show(self) -> None:

@@ -31,7 +31,9 @@ class World:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        return cls(dist.get_rank(), size, device)
+        world = cls(dist.get_rank(), size, device)
+        world.wait()  # NCCL goes on alone: the first would write into a folder that others still look at
+        return world
 
     def leave(self) -> None:
         if self.size > 1:
