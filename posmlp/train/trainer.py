@@ -218,11 +218,9 @@ class Trainer:
                 model, self.validation, self.world, self.model.num_classes, self.recipe.precision
             )
             self.report.broken(scores.broken)
-            skipped = scores.skipped  # by both models the same
+            row["broken"] = int(broken) + scores.skipped  # which both models are
             row |= {f"{name}_loss": scores.loss, f"{name}_top1": scores.top1, f"{name}_top5": scores.top5}
-        return row | {
-            "images_per_second": images / place.seconds, "seconds": place.seconds, "broken": int(broken) + skipped
-        }  # fmt: skip
+        return row | {"images_per_second": images / place.seconds, "seconds": place.seconds}
 
     def _show(self) -> None:
         place = self.place

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -154,21 +155,25 @@ def test_a_crash_while_writing_is_resumed_to_the_same_bits(settings, straight, m
     assert_same_bits(outcome(settings.out), straight)
 
 
+def interrupted(settings: Settings, monkeypatch, update: int, act: Callable[[], None], error: type) -> None:
+    """Train until `act`, called before an update of the run counted from 0, ends it."""
+    updates, original = iter(range(100)), loop.Trainer._update
+
+    def patched_update(self, batches):
+        if next(updates) == update:
+            act()
+        return original(self, batches)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop.Trainer, "_update", patched_update)
+        with pytest.raises(error):
+            train(settings, shown=False)
+
+
 def test_a_state_within_an_epoch_is_resumed_to_the_same_bits(settings, straight, monkeypatch):
     """States are also saved after some minutes, here after every update."""
     monkeypatch.setattr(loop, "SECONDS_UNSAVED", 0.0)
-    updates = iter(range(100))
-    update = loop.Trainer._update
-
-    def crash(self, batches):
-        if next(updates) == 8:
-            raise SystemExit
-        return update(self, batches)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(loop.Trainer, "_update", crash)
-        with pytest.raises(SystemExit):
-            train(settings, shown=False)
+    interrupted(settings, monkeypatch, 8, sys.exit, SystemExit)
     assert RunFolder(settings.out).read_state()["place"]["update"] == 3
     train(settings, resume=True, shown=False)
     assert_same_bits(outcome(settings.out), straight)
@@ -176,17 +181,7 @@ def test_a_state_within_an_epoch_is_resumed_to_the_same_bits(settings, straight,
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_request_to_stop_saves_first(settings, straight, monkeypatch, number):
-    updates, update = iter(range(100)), loop.Trainer._update
-
-    def ask(self, batches):
-        if next(updates) == 7:
-            os.kill(os.getpid(), number)
-        return update(self, batches)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(loop.Trainer, "_update", ask)
-        with pytest.raises(StoppedError):
-            train(settings, shown=False)
+    interrupted(settings, monkeypatch, 7, lambda: os.kill(os.getpid(), number), StoppedError)
     assert RunFolder(settings.out).read_state()["place"]["update"] == 3
     train(settings, resume=True, shown=False)
     assert_same_bits(outcome(settings.out), straight)
