@@ -181,25 +181,28 @@ POSMLP_DEVICE void finish_gradients(T* dz, const T* x2, Activation activation, c
     }
 }
 
+// Four 8 x 8 matrices of the 16 x 16 piece at `at`: down its columns first, or along its rows; as they lie, or transposed.
+template <bool kAlongRows, bool kTransposing, class T>
+POSMLP_DEVICE void load_piece(uint32_t (&r)[4], const T* at, int stride) {
+  const int lane = thread_index() % kWarp, first = lane / 8 % 2 * 8, second = lane / 16 * 8, row = lane % 8;
+  const T* matrix = kAlongRows ? at + (second + row) * stride + first : at + (first + row) * stride + second;
+  if constexpr (kTransposing)
+    load_matrices_transposed(r, matrix);
+  else
+    load_matrices(r, matrix);
+}
+
 // Fragments of a 16 x 16 piece of `a` whose first element is `at`; with kTransposed of the piece's transpose.
 template <bool kTransposed, class T>
 POSMLP_DEVICE void load_a(uint32_t (&a)[4], const T* at, int stride) {
-  const int lane = thread_index() % kWarp, half = lane / 8 % 2 * 8, other = lane / 16 * 8, row = lane % 8;
-  if constexpr (kTransposed)
-    load_matrices_transposed(a, at + (other + row) * stride + half);
-  else
-    load_matrices(a, at + (half + row) * stride + other);
+  load_piece<kTransposed, kTransposed>(a, at, stride);
 }
 
 // Fragments of two neighbouring 16 x 8 pieces of `b`: b0 and b1 of one, then of the other. `at` is the first of a
 // 16 x 16 piece [k][n], or with kTransposed of [n][k].
 template <bool kTransposed, class T>
 POSMLP_DEVICE void load_b(uint32_t (&b)[4], const T* at, int stride) {
-  const int lane = thread_index() % kWarp, half = lane / 8 % 2 * 8, other = lane / 16 * 8, row = lane % 8;
-  if constexpr (kTransposed)
-    load_matrices(b, at + (other + row) * stride + half);
-  else
-    load_matrices_transposed(b, at + (half + row) * stride + other);
+  load_piece<kTransposed, !kTransposed>(b, at, stride);
 }
 
 }  // namespace posmlp::cuda
