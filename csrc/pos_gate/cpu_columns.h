@@ -11,6 +11,10 @@ struct Piece {
   int64_t token;         // its number in [B * map], for the norm
 };
 using Pieces = std::vector<Piece>;
+struct Panel {
+  int64_t group = 0, columns = 0;
+  Pieces pieces;
+};
 
 // A window class with the addresses of its tokens, relative to the first one, in each map.
 struct Window {

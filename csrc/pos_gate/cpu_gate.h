@@ -13,14 +13,23 @@
 // Flops: 2 N C a token forward, 8 N C forward and backward, less what P leaves out. Bytes: 3 C and 5 C elements a token.
 // No include guard: every instruction set compiles this text anew, inside its own namespace and target options.
 
+// What the products need of one group's P.
+template <class A, class E>
+struct GroupMixing {
+  const Window* window = nullptr;  // whose class it was made for
+  int64_t group = 0;
+  Packed<E> rows, columns;
+  std::vector<A> scale;  // of the rows, [tokens]
+};
+
 // A thread's buffers, kept from call to call so that no pages are faulted in again.
 template <class A, class E>
 struct Workspace {
-  std::vector<A> storage, bias, scale;  // bias, zeros if there is none, and scale: [tokens] of the window class at hand
+  std::vector<A> storage, bias;  // bias: [tokens] of the window class at hand, zeros if there is none
   std::vector<E> operands;
   std::vector<double> bias_sums;  // [tokens, lanes] of the window class at hand
   MixingBuffers<A> mixing;
-  Packed<E> rows, columns;
+  std::vector<GroupMixing<A, E>> groups;  // of a forward
 
   static Workspace& of_thread() {
     static thread_local Workspace workspace;
@@ -28,8 +37,8 @@ struct Workspace {
   }
   void release_if_large() {
     constexpr size_t kKeptBytes = size_t(64) << 20;
-    const size_t numbers = storage.size() + mixing.dense.size() + rows.weights.size() + columns.weights.size() +
-                           operands.size();
+    size_t numbers = storage.size() + mixing.dense.size() + operands.size();
+    for (const auto& group : groups) numbers += group.rows.weights.size() + group.columns.weights.size();
     if (numbers * sizeof(A) > kKeptBytes) *this = Workspace();
   }
 };
@@ -85,15 +94,16 @@ class Gate {
     take(allot, {{&x1_, ld_ * kPanel}, {&y_, kTile}, {&done_, kTile}});
     Allotment<E> operands(workspace_.operands, kIsPaired ? ld_ / 2 * kPanel : 0, 1);
     take(operands, {{&factor_, kIsPaired ? ld_ / 2 * kPanel : 0}});
-    for (int64_t unit = first_unit; unit < last_unit; ++unit)
-      for_each_class(unit, [&](const Window& window, int64_t first, int64_t last) {
-        mixing_.pack_rows(workspace_.rows);
-        for_each_panel(window, first, last, [&](int64_t, int64_t columns) {
-          if (columns < kPanel) clear({{x1_, ld_ * kPanel}});
-          load_x1(window, nullptr);
-          forward_panel(window, columns);
-        });
+    forget_groups();
+    for (const Window& window : windows_) {
+      gather_bias(window);
+      for_each_panel(window, first_unit, last_unit, [&](int64_t) {
+        find_group(window);
+        if (panel_.columns < kPanel) clear({{x1_, ld_ * kPanel}});
+        load_x1(window, nullptr);
+        forward_panel(window);
       });
+    }
   }
 
   void backward(int64_t first_unit, int64_t last_unit) {
@@ -107,45 +117,60 @@ class Gate {
     take(operands, {{&factor_, pairs}, {&left_, kPanels * pairs}, {&right_, kPanels * pairs}});
     for (int64_t unit = first_unit; unit < last_unit; ++unit) {
       clear_parts(unit);
-      for_each_class(unit, [&](const Window& window, int64_t first, int64_t last) {
-        mixing_.pack_rows(workspace_.rows);
-        mixing_.pack_columns(workspace_.columns);
-        if (mixing) find_active(window);
-        clear({{dp_, matrix}});
-        workspace_.bias_sums.assign(ld_ * kLanes, 0.);
-        for_each_panel(window, first, last, [&](int64_t index, int64_t columns) {
-          const int64_t slot = index % kPanels;
-          A* du = du_ + slot * panel;
-          if (columns < kPanel) clear({{x1_, panel}, {du, panel}});
-          load_x1(window, slope1_);
-          backward_panel_to_x2(window, columns, du);
-          if (call_.dbias_parts) add_bias_gradient(window, du);
-          backward_panel_to_x1(window, columns, du);
-          if (!mixing) return;
-          transpose(x1_, kPanel, x1_columns_ + slot * kPanel * ld_, ld_, round_up(window.tokens, kLanes), kPanel);
-          if (slot + 1 == kPanels || next_pieces_.empty()) add_mixing_gradient(window, slot + 1);
-        });
-        if (mixing) mixing_.add_gradient(unit, dp_, ld_);
-        if (call_.dbias_parts) store_bias_gradient(window, unit);
-      });
+      for (const Window& window : windows_) backward_class(window, unit);
     }
   }
 
  private:
   // ---- the work on a panel ----
 
+  // A unit's columns of one class of windows.
+  void backward_class(const Window& window, int64_t unit) {
+    const bool mixing = call_.dtable_parts || call_.dmatrix_parts;
+    const int64_t size = ld_ * kPanel;
+    const int64_t panels = for_each_panel(window, unit, unit + 1, [&](int64_t index) {
+      if (index == 0) begin_class(window, mixing);
+      const int64_t slot = index % kPanels;
+      A* du = du_ + slot * size;
+      if (panel_.columns < kPanel) clear({{x1_, size}, {du, size}});
+      load_x1(window, slope1_);
+      backward_panel_to_x2(window, du);
+      if (call_.dbias_parts) add_bias_gradient(window, du);
+      backward_panel_to_x1(window, du);
+      if (!mixing) return;
+      transpose(x1_, kPanel, x1_columns_ + slot * size, ld_, round_up(window.tokens, kLanes), kPanel);
+      if (slot + 1 == kPanels || next_panel_.columns == 0) add_mixing_gradient(window, slot + 1);
+    });
+    if (panels == 0) return;
+    if (mixing) mixing_.add_gradient(unit, dp_, ld_);
+    if (call_.dbias_parts) store_bias_gradient(window, unit);
+  }
+
+  void begin_class(const Window& window, bool mixing) {
+    workspace_.groups.resize(std::max<size_t>(workspace_.groups.size(), 1));
+    group_ = &workspace_.groups[0];
+    prepare_group(window, panel_.group);
+    mixing_.pack_columns(group_->columns);
+    gather_bias(window);
+    if (mixing) {
+      find_active(window);
+      clear({{dp_, ld_ * ld_}});
+    }
+    workspace_.bias_sums.assign(ld_ * kLanes, 0.);
+  }
+
   // Z = (P X1 + b) * X2
-  void forward_panel(const Window& window, int64_t columns) {
-    const auto x2_map = x_map(window, shape_.channels);
+  void forward_panel(const Window& window) {
+    const auto x2_map = x_map(window, panel_, shape_.channels);
     const Map<T> z_map{static_cast<T*>(call_.z) + first_channel(), &Piece::z, window.z};
     wanted_.clear();
-    wanted_.add(x2_map, pieces_);
-    wanted_.add(z_map, pieces_);
-    wanted_.add(x_map(window, 0), next_pieces_);
-    multiply_panel(window, workspace_.rows, x1_, columns, [&](const Piece& piece, int64_t from, int64_t to) {
+    wanted_.add(x2_map, panel_.pieces);
+    wanted_.add(z_map, panel_.pieces);
+    wanted_.add(x_map(window, next_panel_, 0), next_panel_.pieces);
+    multiply_panel(window, group_->rows, x1_, [&](const Piece& piece, int64_t from, int64_t to) {
       const auto x2 = x2_map.rows(piece, from);
       const auto z = z_map.rows(piece, from);
-      const A *y = done_ + piece.column, *bias = &workspace_.bias[from], *scale = &workspace_.scale[from];
+      const A *y = done_ + piece.column, *bias = &workspace_.bias[from], *scale = &group_->scale[from];
       const Activation activation = call_.activation;
       for_each_vector<A>(to - from, piece.count, [=](auto lanes, int64_t k, int64_t c) {
         const auto sum = load<A, lanes>(y + k * kPanel + c) * scale[k] + bias[k];
@@ -154,20 +179,20 @@ class Gate {
     });
   }
 
-  // dX2 = dZ * (P X1 + b), and dU = dZ * X2 into `to_du`.
-  void backward_panel_to_x2(const Window& window, int64_t columns, A* to_du) {
-    const auto x2_map = x_map(window, shape_.channels);
+  // dX2 = dZ * (P X1 + b), and dU = dZ * X2, rows scaled, into `to_du`.
+  void backward_panel_to_x2(const Window& window, A* to_du) {
+    const auto x2_map = x_map(window, panel_, shape_.channels);
     const auto dx2_map = dx_map(window, shape_.channels);
     const Map<const T> dz_map{static_cast<const T*>(call_.dz) + first_channel(), &Piece::dz, window.dz};
     wanted_.clear();
-    wanted_.add(x2_map, pieces_);
-    wanted_.add(dz_map, pieces_);
-    wanted_.add(dx2_map, pieces_);
-    multiply_panel(window, workspace_.rows, x1_, columns, [&](const Piece& piece, int64_t from, int64_t to) {
+    wanted_.add(x2_map, panel_.pieces);
+    wanted_.add(dz_map, panel_.pieces);
+    wanted_.add(dx2_map, panel_.pieces);
+    multiply_panel(window, group_->rows, x1_, [&](const Piece& piece, int64_t from, int64_t to) {
       const auto x2 = x2_map.rows(piece, from);
       const auto dz = dz_map.rows(piece, from);
       const auto dx2 = dx2_map.rows(piece, from);
-      const A *y = done_ + piece.column, *bias = &workspace_.bias[from], *scale = &workspace_.scale[from];
+      const A *y = done_ + piece.column, *bias = &workspace_.bias[from], *scale = &group_->scale[from];
       const Activation activation = call_.activation;
       A* du = to_du + from * kPanel + piece.column;
       for_each_vector<A>(to - from, piece.count, [=](auto lanes, int64_t k, int64_t c) {
@@ -175,24 +200,23 @@ class Gate {
         const auto gate = activated_with_slope(activation, load_as<A, lanes>(x2(k) + c));
         const auto sum = load<A, lanes>(y + k * kPanel + c) * scale[k] + bias[k];
         store_as(dx2(k) + c, gradient * sum * gate.slope);
-        store(du + k * kPanel + c, gradient * gate.value);
+        store(du + k * kPanel + c, gradient * gate.value * scale[k]);
       });
     });
   }
 
   // dX1 = P^T dU; what the norm's gradient starts from where there is one.
-  void backward_panel_to_x1(const Window& window, int64_t columns, const A* du) {
-    if (!call_.norm_weight) return multiply_into(dx_map(window, 0), window, columns, du, slope1_);
-    multiply_into(Map<A>{static_cast<A*>(call_.dx_normed) + first_channel(), &Piece::z, window.z}, window, columns, du,
-                  nullptr);
+  void backward_panel_to_x1(const Window& window, const A* du) {
+    if (!call_.norm_weight) return multiply_into(dx_map(window, 0), window, du, slope1_);
+    multiply_into(Map<A>{static_cast<A*>(call_.dx_normed) + first_channel(), &Piece::z, window.z}, window, du, nullptr);
   }
   template <class U>
-  void multiply_into(const Map<U>& out, const Window& window, int64_t columns, const A* du, const A* slopes) {
+  void multiply_into(const Map<U>& out, const Window& window, const A* du, const A* slopes) {
     if (call_.activation == Activation::none) slopes = nullptr;
     wanted_.clear();
-    wanted_.add(out, pieces_);
-    wanted_.add(x_map(window, 0), next_pieces_);
-    multiply_panel(window, workspace_.columns, du, columns, [&](const Piece& piece, int64_t from, int64_t to) {
+    wanted_.add(out, panel_.pieces);
+    wanted_.add(x_map(window, next_panel_, 0), next_panel_.pieces);
+    multiply_panel(window, group_->columns, du, [&](const Piece& piece, int64_t from, int64_t to) {
       const auto dx1 = out.rows(piece, from);
       const A *y = done_ + piece.column, *slope = slopes ? slopes + from * kPanel + piece.column : nullptr;
       for_each_vector<A>(to - from, piece.count, [=](auto lanes, int64_t k, int64_t c) {
@@ -211,45 +235,63 @@ class Gate {
     });
   }
 
-  // ---- units, classes, panels, tiles ----
+  // ---- groups, units, panels, tiles ----
 
-  // Calls `work(window, first, last)` with a unit's columns of each window class, and the mixing matrix prepared.
-  template <class Work>
-  void for_each_class(int64_t unit, Work&& work) {
-    group_ = unit % shape_.groups;
-    const int64_t split = unit / shape_.groups;
-    for (const Window& window : windows_) {
-      const int64_t columns = window.cls.windows(shape_.batch) * depth_;
-      const int64_t panels = divide_up(columns, kPanel);
-      const int64_t first = panels * split / call_.splits * kPanel;
-      const int64_t last = std::min(columns, panels * (split + 1) / call_.splits * kPanel);
-      if (first >= last) continue;
-      mixing_.prepare(window, group_);
-      gather_bias_and_scale(window);
-      work(window, first, last);
-    }
+  // P of the panel's group, for the windows at hand. A forward comes back to a group with every unit and keeps what it
+  // made, as far as there is room.
+  void find_group(const Window& window) {
+    constexpr int64_t kRoom = 32 << 20;
+    const int64_t slots = std::max<int64_t>(1, kRoom / (window.tokens * window.tokens * int64_t(sizeof(A))));
+    workspace_.groups.resize(std::max(workspace_.groups.size(), size_t(std::min(slots, shape_.groups))));
+    group_ = &workspace_.groups[panel_.group % slots];
+    if (group_->window == &window && group_->group == panel_.group) return;
+    prepare_group(window, panel_.group);
+  }
+  void prepare_group(const Window& window, int64_t group) {
+    mixing_.prepare(window, group);
+    mixing_.pack_rows(group_->rows);
+    group_->scale.resize(window.tokens);
+    for (int64_t k = 0; k < window.tokens; ++k) group_->scale[k] = mixing_.row_scale(k);
+    group_->window = &window;
+    group_->group = group;
+  }
+  void forget_groups() {
+    for (auto& group : workspace_.groups) group.window = nullptr;
   }
 
-  void gather_bias_and_scale(const Window& window) {
+  void gather_bias(const Window& window) {
     const A* bias = static_cast<const A*>(call_.bias);
     workspace_.bias.resize(window.tokens);
-    workspace_.scale.resize(window.tokens);
-    for (int64_t k = 0; k < window.tokens; ++k) {
-      workspace_.bias[k] = bias ? bias[window.index[k]] : A(0);
-      workspace_.scale[k] = mixing_.row_scale(k);
-    }
+    for (int64_t k = 0; k < window.tokens; ++k) workspace_.bias[k] = bias ? bias[window.index[k]] : A(0);
   }
 
-  // Calls `work(index, columns)` for each panel of the columns first <= q < last, with the places of its pieces and of
-  // the next panel's at hand.
+  // Calls `work(index)` for each panel of the units' columns, one group after the other, with the panel and the next one
+  // at hand. Returns how many there are.
   template <class Work>
-  void for_each_panel(const Window& window, int64_t first, int64_t last, Work&& work) {
-    find_pieces(window, first, std::min(last, first + kPanel), next_pieces_);
-    for (int64_t from = first, index = 0; from < last; from += kPanel, ++index) {
-      std::swap(pieces_, next_pieces_);
-      find_pieces(window, from + kPanel, std::min(last, from + 2 * kPanel), next_pieces_);
-      work(index, std::min(kPanel, last - from));
+  int64_t for_each_panel(const Window& window, int64_t first_unit, int64_t last_unit, Work&& work) {
+    const int64_t columns = window.cls.windows(shape_.batch) * depth_, panels = divide_up(columns, kPanel);
+    const auto share = [&](int64_t unit, int64_t more) {  // where a unit's columns begin, or the next one's of the group
+      return std::min(columns, panels * (unit / shape_.groups + more) / call_.splits * kPanel);
+    };
+    int64_t unit = first_unit, from = share(unit, 0);
+    const auto find_next = [&] {
+      while (unit < last_unit && from == share(unit, 1)) {
+        ++unit;
+        from = share(unit, 0);
+      }
+      next_panel_.columns = unit < last_unit ? std::min(kPanel, share(unit, 1) - from) : 0;
+      next_panel_.group = unit % shape_.groups;
+      find_pieces(window, from, next_panel_);
+      from += next_panel_.columns;
+    };
+    find_next();
+    int64_t index = 0;
+    for (; next_panel_.columns > 0; ++index) {
+      std::swap(panel_, next_panel_);
+      find_next();
+      work(index);
     }
+    return index;
   }
 
   // Calls `work(tile, first, last)` for each tile of the window's tokens.
@@ -263,17 +305,16 @@ class Gate {
   // `finish(piece, from, to)` takes a tile from `done_` after the next one's product: by then the rows are there, and what
   // lies across two vectors of the product can be read without waiting for its stores.
   template <class Finish>
-  void multiply_panel(const Window& window, const Packed<E>& weights, const A* panel, int64_t columns,
-                      Finish&& finish) {
+  void multiply_panel(const Window& window, const Packed<E>& weights, const A* panel, Finish&& finish) {
     const E* factor = operands_of_rows<E>(panel, window.tokens, kPanel, factor_);
     for_each_tile(window, [&](int64_t tile, int64_t from, int64_t to) {
       wanted_.of_tokens(from, to);
-      multiply(weights, tile, factor, divide_up(columns, kLanes), y_, wanted_);
+      multiply(weights, tile, factor, divide_up(panel_.columns, kLanes), y_, wanted_);
       if (tile > 0)
-        for (const Piece& piece : pieces_) finish(piece, from - kTileRows, from);
+        for (const Piece& piece : panel_.pieces) finish(piece, from - kTileRows, from);
       std::swap(y_, done_);
       if (to == window.tokens)
-        for (const Piece& piece : pieces_) finish(piece, from, to);
+        for (const Piece& piece : panel_.pieces) finish(piece, from, to);
     });
   }
   template <class U>
@@ -281,11 +322,11 @@ class Gate {
     for (const auto& [buffer, count] : buffers) *buffer = allot.take(count);
   }
 
-  // Where the columns from <= q < to lie.
-  void find_pieces(const Window& window, int64_t from, int64_t to, Pieces& pieces) const {
-    pieces.clear();
-    for (int64_t q = from; q < to;) {
-      Piece& piece = pieces.emplace_back();
+  // Where the panel's columns lie, of which `from` is the first.
+  void find_pieces(const Window& window, int64_t from, Panel& panel) const {
+    panel.pieces.clear();
+    for (int64_t q = from, to = from + panel.columns; q < to;) {
+      Piece& piece = panel.pieces.emplace_back();
       int64_t position[kRank];
       const int64_t batch = window.cls.locate(shape_, q / depth_, position);
       piece.column = q - from;
@@ -300,10 +341,10 @@ class Gate {
     }
   }
 
-  int64_t first_channel() const { return group_ * depth_; }
+  int64_t first_channel() const { return panel_.group * depth_; }
 
-  Map<const T> x_map(const Window& window, int64_t channel) const {
-    return {static_cast<const T*>(call_.x) + first_channel() + channel, &Piece::x, window.x};
+  Map<const T> x_map(const Window& window, const Panel& panel, int64_t channel) const {
+    return {static_cast<const T*>(call_.x) + panel.group * depth_ + channel, &Piece::x, window.x};
   }
 
   Map<T> dx_map(const Window& window, int64_t channel) const {
@@ -318,9 +359,9 @@ class Gate {
 
   // The panel is activated as a whole: by then no vector has to be pieced together out of stores under way.
   void load_x1(const Window& window, A* slopes) const {
-    const auto map = x_map(window, 0);
+    const auto map = x_map(window, panel_, 0);
     for_each_tile(window, [&](int64_t, int64_t from, int64_t to) {
-      for (const Piece& piece : pieces_) {
+      for (const Piece& piece : panel_.pieces) {
         const auto x = map.rows(piece, from);
         A* x1 = x1_ + from * kPanel + piece.column;
         for_each_vector<A>(to - from, piece.count, [=](auto lanes, int64_t k, int64_t c) {
@@ -343,7 +384,7 @@ class Gate {
     const A* weight = static_cast<const A*>(call_.norm_weight) + first_channel();
     const A* bias = static_cast<const A*>(call_.norm_bias) + first_channel();
     for (int64_t k = 0; k < window.tokens; ++k)
-      for (const Piece& piece : pieces_) {
+      for (const Piece& piece : panel_.pieces) {
         A* row = x1_ + k * kPanel + piece.column;
         const A m = mean[piece.token + window.token[k]], r = rstd[piece.token + window.token[k]];
         for (int64_t c = 0; c < piece.count; ++c)
@@ -356,15 +397,17 @@ class Gate {
   // The vectors of keys in which a tile of queries has weights: elsewhere the gradient of the logits is as small. Without
   // a softmax a gradient does not depend on its weight.
   void find_active(const Window& window) {
-    active_.assign(workspace_.rows.tiles(), {});
-    for (int64_t tile = 0; tile < workspace_.rows.tiles(); ++tile) {
+    active_.assign(group_->rows.tiles(), {});
+    for (int64_t tile = 0; tile < group_->rows.tiles(); ++tile) {
       auto& vectors = active_[tile];
       if (!call_.softmax)
         for (int64_t v = 0; v < window.tokens; v += kLanes) vectors.push_back(int32_t(v));
       else
-        for (int64_t e = workspace_.rows.begin[tile]; e < workspace_.rows.begin[tile + 1]; ++e) {
-          const int32_t vector = int32_t(workspace_.rows.row[e] / kPanel * kDepthOf<E> / kLanes * kLanes);
-          if (vectors.empty() || vectors.back() != vector) vectors.push_back(vector);
+        for (int32_t at = group_->rows.begin[tile]; at < group_->rows.begin[tile + 1]; ++at) {
+          const Run& run = group_->rows.runs[at];
+          const int64_t first = run.row / kPanel * kDepthOf<E>, last = first + run.count * kDepthOf<E> - 1;
+          for (int64_t v = first / kLanes * kLanes; v <= last; v += kLanes)
+            if (vectors.empty() || vectors.back() < v) vectors.push_back(int32_t(v));
         }
     }
   }
@@ -385,7 +428,7 @@ class Gate {
     A* part = static_cast<A*>(call_.dbias_parts) + unit * shape_.window_tokens();
     for (int64_t k = 0; k < window.tokens; ++k) {
       const double* total = &workspace_.bias_sums[k * kLanes];
-      part[window.index[k]] += A(std::accumulate(total, total + kLanes, 0.));
+      part[window.index[k]] += A(std::accumulate(total, total + kLanes, 0.) / double(group_->scale[k]));
     }
   }
 
@@ -406,7 +449,8 @@ class Gate {
   std::vector<Window> windows_;  // one for each class
   Workspace<A, E>& workspace_;
   Mixing<A, E> mixing_;
-  Pieces pieces_, next_pieces_;  // of the panel at hand and of the one after it
+  Panel panel_, next_panel_;  // the one at hand and the one after it
+  GroupMixing<A, E>* group_ = nullptr;  // of the panel at hand
   Wanted wanted_;
   std::vector<std::vector<int32_t>> active_;
   // Panels [tokens, kPanel], and kPanels of them for dP: dU, and X1 with tokens side by side.
@@ -415,5 +459,5 @@ class Gate {
   A *y_ = nullptr, *done_ = nullptr;
   E *factor_ = nullptr, *left_ = nullptr, *right_ = nullptr;  // room for pairs: of a product's panel, and for dP
   A* dp_ = nullptr;  // [tokens, tokens] of the window class at hand
-  int64_t ld_ = 0, group_ = 0;
+  int64_t ld_ = 0;
 };

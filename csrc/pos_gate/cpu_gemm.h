@@ -83,25 +83,37 @@ inline void store_operands(E* to, DoubleVec first, DoubleVec second) {
     store_pairs(to, first, second);
 }
 
+// Steps of a tile that follow each other: the panel's from `row` on, with kTileRows weights each, `stride` apart.
+struct Run {
+  int64_t at;            // where `weights` has the first step's
+  int32_t row;           // first step * kPanel: where the multiplied panel has it
+  int32_t count, stride;
+};
+
 // P or its transpose, cut into tiles of kTileRows rows. Only what matters is there: for each tile the steps in which any
-// of its rows has a weight worth adding, and where the tile's kTileRows weights for it stand side by side.
+// of its rows has a weight worth adding.
 template <class E>
 struct Packed {
-  std::vector<int64_t> begin;  // [tiles + 1], into `row` and `at`
-  std::vector<int32_t> row;    // step * kPanel: where the multiplied panel has it
-  std::vector<int64_t> at;     // where `weights` has it
-  std::vector<E> weights;      // `shared` ones of many entries, then kTileRows for each entry, and room to stick out
+  std::vector<int32_t> begin;  // [tiles + 1], into `runs`
+  std::vector<Run> runs;
+  std::vector<E> weights;  // those that runs share, then kTileRows for each step that shares none, and room to stick out
 
   int64_t tiles() const { return int64_t(begin.size()) - 1; }
-  void clear(int64_t most_entries, int64_t shared) {
+  void clear() {
     begin.assign(1, 0);
-    row.resize(most_entries + 1);  // one more may be written and not kept
-    at.resize(most_entries + 1);
-    weights.resize(shared + (most_entries + 1) * kTileRows + 64);
+    runs.clear();
+    weights.clear();
+  }
+  void end_tile() {  // which has a run at least
+    if (begin.back() == int32_t(runs.size())) {
+      runs.push_back({int64_t(weights.size()), 0, 1, 0});
+      weights.insert(weights.end(), kTileRows, E{});
+    }
+    begin.push_back(int32_t(runs.size()));
   }
 };
 
-// to[r, :] = sum over the tile's entries of weight[r] * from[row, :]; both have rows of kPanel. Meanwhile the wanted cache
+// to[r, :] = sum over the tile's steps of weight[r] * from[row, :]; both have rows of kPanel. Meanwhile the wanted cache
 // lines are asked for.
 template <class A, class E, int kVectors>
 __attribute__((noinline)) void multiply_tile(const Packed<E>& packed, int64_t tile, const E* from, A* to,
@@ -110,18 +122,24 @@ __attribute__((noinline)) void multiply_tile(const Packed<E>& packed, int64_t ti
   Vec<A> sums[kTileRows][kVectors];
   for (int r = 0; r < kTileRows; ++r)
     for (int v = 0; v < kVectors; ++v) sums[r][v] = Vec<A>{};
-  const int64_t entries = packed.begin[tile + 1] - packed.begin[tile];
-  const int32_t* row = packed.row.data() + packed.begin[tile];
-  const int64_t* at = packed.at.data() + packed.begin[tile];
-  int64_t e = 0;
-  do {
+  const Run *run = packed.runs.data() + packed.begin[tile], *const last = packed.runs.data() + packed.begin[tile + 1] - 1;
+  const E *operands = from + run->row, *weights = packed.weights.data() + run->at;
+  int32_t steps = run->count;
+  while (true) {
     wanted.ask();
-    const E *operands = from + row[e], *weights = packed.weights.data() + at[e];
     Operands<E> vectors[kVectors];
     for (int v = 0; v < kVectors; ++v) vectors[v] = Operands<E>(operands + v * kLanes);
     for (int r = 0; r < kTileRows; ++r)
       for (int v = 0; v < kVectors; ++v) sums[r][v] = vectors[v].times(weights[r], sums[r][v]);
-  } while (++e < entries);
+    operands += kPanel;
+    weights += run->stride;
+    if (--steps > 0) continue;
+    if (run == last) break;
+    ++run;
+    operands = from + run->row;
+    weights = packed.weights.data() + run->at;
+    steps = run->count;
+  }
   for (int r = 0; r < kTileRows; ++r)
     for (int v = 0; v < kVectors; ++v) store(to + r * kPanel + v * kLanes, sums[r][v]);
   wanted.ask_for_the_rest();

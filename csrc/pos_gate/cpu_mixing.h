@@ -16,7 +16,7 @@
 // Kept from call to call by each thread, so that no pages are faulted in again.
 template <class A>
 struct MixingBuffers {
-  std::vector<double> weight, flipped, peak, scale, row, sums;
+  std::vector<double> weight, entries, peak, scale, row, sums;
   std::vector<A> dense;
 };
 
@@ -37,14 +37,14 @@ class Mixing {
     if (!factored_) build_dense(group);
   }
 
-  // Tiles of queries, entries are keys. `row_scale` is what the rows of the product are to be multiplied by.
+  // P but for `row_scale`, which belongs to the results of a product by rows and to what a product by columns is given.
+  // Tiles of queries whose steps are keys; tiles of keys whose steps are queries, the transpose.
   void pack_rows(Packed<E>& packed) { pack<true>(packed); }
-  A row_scale(int64_t i) const { return shared_ ? A(b_.scale[i]) : A(1); }
-  // Tiles of keys, entries are queries: the transpose.
   void pack_columns(Packed<E>& packed) { pack<false>(packed); }
+  A row_scale(int64_t i) const { return shared_ ? A(b_.scale[i]) : A(1); }
 
-  // Adds the gradients of a group's table and matrix, given dP [tokens, ld]. Sums over rows are taken in double, where
-  // their order does not show.
+  // Adds the gradients of a group's table and matrix, given dP [tokens, ld], rows scaled. Sums over rows are taken in
+  // double, where their order does not show.
   void add_gradient(int64_t part, const A* dp, int64_t ld) {
     const int64_t size = shape_.table_size();
     make_room(b_.sums, call_.dtable_parts ? size : 0);
@@ -59,7 +59,8 @@ class Mixing {
   }
 
  private:
-  static constexpr int kDoubles = VectorOf<double>::kLanes, kDepth = kDepthOf<E>;
+  static constexpr int kDoubles = VectorOf<double>::kLanes;
+  static constexpr int64_t kDepth = kDepthOf<E>;
   // Of a scale: beyond it products of unscaled weights with small tokens would be flushed as subnormals.
   static constexpr double kMostShared = 1e12;
 
@@ -154,24 +155,44 @@ class Mixing {
 
   // ---- packing ----
 
-  // The entries in the order in which a tile's tokens have them side by side: for queries the table's mirror image.
   template <bool kRows>
-  void find_entries() {
-    const int64_t size = shape_.table_size();
-    if (kRows) {
-      make_room(b_.flipped, 1 + size);  // behind a zero
-      for (int64_t e = 0; e < size; ++e) b_.flipped[1 + e] = b_.weight[size - 1 - e];
+  void pack(Packed<E>& packed) {
+    const int64_t tokens = window_->tokens, *place = window_->place.data();
+    packed.clear();
+    if (shared_) share_table<kRows>(packed);
+    for (int64_t first = 0; first < tokens; first += kTileRows) {
+      const int64_t rows = std::min<int64_t>(kTileRows, tokens - first), last = first + rows - 1;
+      if (shared_ && rows == kTileRows && place[last] == place[first] + rows - 1)
+        pack_shared<kRows>(packed, first);
+      else
+        pack_tile<kRows>(packed, first, rows);
+      packed.end_tile();
     }
-    entries_ = kRows ? b_.flipped.data() + 1 : b_.weight.data();
-    find_peaks(size);
+  }
+
+  // The table, for tiles whose tokens lie side by side along the last dimension: their weights do so too, in the table's
+  // mirror image for queries, in the table itself for keys. Of a pair the second is that of the next token, one before.
+  template <bool kRows>
+  void share_table(Packed<E>& packed) {
+    const int64_t size = shape_.table_size(), shared = round_up(size, kDoubles) + kDoubles;
+    make_room(b_.entries, 1 + size);
+    double* entries = b_.entries.data() + 1;  // behind a zero
+    if (kRows)
+      std::reverse_copy(&b_.weight[0], &b_.weight[size], entries);
+    else
+      std::copy(&b_.weight[0], &b_.weight[size], entries);
+    packed.weights.resize(shared);
+    for (int64_t e = 0; e < shared; e += kDoubles)
+      store_operands(&packed.weights[e], load<double>(entries + e), load<double>(entries + e - 1));
+    find_peaks(entries, size);
   }
 
   // The largest |entry| among the kTileRows from each one on.
-  void find_peaks(int64_t size) {
+  void find_peaks(const double* entries, int64_t size) {
     const int64_t count = size + kDoubles;  // there is room for it
     b_.peak.resize(count);
     for (int64_t e = 0; e < count; ++e)  // NaN is to be seen
-      b_.peak[e] = entries_[e] == entries_[e] ? std::abs(entries_[e]) : std::numeric_limits<double>::infinity();
+      b_.peak[e] = entries[e] == entries[e] ? std::abs(entries[e]) : std::numeric_limits<double>::infinity();
     // Of two entries, then of four and so on: runs may overlap.
     for (int64_t run = 1; run < kTileRows;) {
       const int64_t step = std::min<int64_t>(run, kTileRows - run);
@@ -181,94 +202,65 @@ class Mixing {
     }
   }
 
+  // A tile that finds its weights in the shared table. Of each row of the tokens that are summed over it takes what lies
+  // between the first and the last that count.
   template <bool kRows>
-  void pack(Packed<E>& packed) {
-    const int64_t tokens = window_->tokens, tiles = divide_up(tokens, kTileRows);
-    if (factored_) find_entries<kRows>();
-    const bool shares = kRows && shared_;
-    const int64_t shared = shares ? round_up(shape_.table_size(), kDoubles) + kDoubles : 0;
-    packed.clear(tiles * divide_up(tokens, kDepth), shared);
-    if (shares) share_table(packed, shared);
-    int64_t entries = 0;
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      const int64_t first = tile * kTileRows, rows = std::min<int64_t>(kTileRows, tokens - first);
-      const bool side_by_side =
-          rows == kTileRows && window_->place[first + rows - 1] == window_->place[first] + rows - 1 && factored_;
-      entries = side_by_side ? pack_run<kRows>(packed, entries, first, shared)
-                             : pack_tile<kRows>(packed, entries, first, rows, shared);
-      if (entries == packed.begin.back()) {  // a tile has at least one
-        packed.row[entries] = 0;
-        packed.at[entries] = shared + entries * kTileRows;
-        std::fill_n(&packed.weights[packed.at[entries++]], kTileRows, E{});
-      }
-      packed.begin.push_back(entries);
+  void pack_shared(Packed<E>& packed, int64_t first) const {
+    const int64_t *place = window_->place.data(), length = window_->cls.box[2], origin = centre_ + place[first];
+    const double *peak = b_.peak.data(), *scale = b_.scale.data();
+    const double largest = kRows ? *std::max_element(scale + first, scale + first + kTileRows) : 1;
+    const auto counts = [&](int64_t k) { return peak[origin - place[k]] * (kRows ? largest : scale[k]) > negligible_; };
+    for (int64_t row = 0; row < window_->tokens; row += length) {
+      int64_t from = row, to = row + length;
+      while (from < to && !counts(from)) ++from;
+      if (from == to) continue;
+      while (!counts(to - 1)) --to;
+      // A pair of which one lies in another row has weights of its own.
+      int64_t step = from / kDepth, last = divide_up(to, kDepth);
+      if (step < divide_up(row, kDepth)) add_step<kRows>(packed, first, kTileRows, step++);
+      const int64_t inner = std::min(last, (row + length) / kDepth);
+      if (step < inner)
+        packed.runs.push_back({origin - place[step * kDepth], int32_t(step * kPanelOf<A>), int32_t(inner - step), -kDepth});
+      if (inner < last) add_step<kRows>(packed, first, kTileRows, inner);
     }
   }
 
-  // The table's mirror image as it is, for the rows of P without their scale: entry e, and in a pair the one before it,
-  // which is that of the next key.
-  void share_table(Packed<E>& packed, int64_t shared) const {
-    for (int64_t e = 0; e < shared; e += kDoubles)
-      store_operands(&packed.weights[e], load<double>(entries_ + e), load<double>(entries_ + e - 1));
-  }
-
-  // A tile whose tokens lie side by side along the last dimension: their weights do so too, in the table's mirror image
-  // for queries, in the table for keys. Rows whose scale can wait need no weights of their own.
   template <bool kRows>
-  int64_t pack_run(Packed<E>& packed, int64_t entries, int64_t first, int64_t shared) const {
-    const double *weight = entries_, *peak = b_.peak.data();
-    const double largest = kRows ? *std::max_element(&b_.scale[first], &b_.scale[first] + kTileRows) : 1;
-    const int64_t* place = window_->place.data();
-    const int64_t origin = centre_ + place[first], tokens = window_->tokens;
-    const auto counts = [&](int64_t k) { return peak[origin - place[k]] * (kRows ? largest : b_.scale[k]) > negligible_; };
-    const auto weights = [&](int64_t k, int r) {
-      const DoubleVec scale = !kRows   ? fill<DoubleVec>(b_.scale[k])
-                              : shared ? fill<DoubleVec>(1)
-                                       : load<double>(&b_.scale[first + r]);
-      return load<double>(weight + origin - place[k] + r) * scale;
-    };
-    for (int64_t k = 0; k < tokens; k += kDepth) {
-      const bool two = kDepth == 2 && k + 1 < tokens;
-      const bool kept = counts(k) | (two && counts(k + 1));
-      packed.row[entries] = int32_t(k / kDepth * kPanelOf<A>);
-      if (kRows && shared && (kDepth == 1 || (two && place[k + 1] == place[k] + 1))) {
-        packed.at[entries] = origin - place[k];
-      } else if (kept) {
-        packed.at[entries] = shared + entries * kTileRows;
-        for (int r = 0; r < kTileRows; r += kDoubles)
-          store_operands(&packed.weights[packed.at[entries] + r], weights(k, r), two ? weights(k + 1, r) : DoubleVec{});
-      }
-      entries += kept;  // without a branch: hardly a pattern to foresee
-    }
-    return entries;
+  void pack_tile(Packed<E>& packed, int64_t first, int64_t rows) const {
+    for (int64_t step = 0; step * kDepth < window_->tokens; ++step) add_step<kRows>(packed, first, rows, step);
   }
 
+  // Adds a step with weights of its own, unless none counts or the tile has it already.
   template <bool kRows>
-  int64_t pack_tile(Packed<E>& packed, int64_t entries, int64_t first, int64_t rows, int64_t shared) const {
-    const int64_t tokens = window_->tokens;
-    for (int64_t k = 0; k < tokens; k += kDepth) {
-      packed.row[entries] = int32_t(k / kDepth * kPanelOf<A>);
-      packed.at[entries] = shared + entries * kTileRows;
-      E* to = &packed.weights[packed.at[entries]];
-      bool counts = false;
-      for (int64_t r = 0; r < rows; ++r) {
-        double weights[2] = {0, 0};
-        for (int64_t d = 0; d < std::min<int64_t>(kDepth, tokens - k); ++d) {
-          weights[d] = kRows ? weight_of(first + r, k + d) : weight_of(k + d, first + r);
-          counts |= !(std::abs(weights[d]) <= negligible_);
-          if (kRows && shared) weights[d] /= b_.scale[first + r];
-        }
-        to[r] = operand<E>(weights[0], weights[1]);
+  void add_step(Packed<E>& packed, int64_t first, int64_t rows, int64_t step) const {
+    const int32_t row = int32_t(step * kPanelOf<A>);
+    const bool fresh = packed.begin.back() == int32_t(packed.runs.size());
+    if (!fresh && packed.runs.back().row + (packed.runs.back().count - 1) * kPanelOf<A> == row) return;
+    E weights[kTileRows] = {};
+    bool counts = false;
+    for (int64_t r = 0; r < rows; ++r) {
+      double pair[2] = {0, 0};
+      for (int64_t d = 0; d < std::min(kDepth, window_->tokens - step * kDepth); ++d) {
+        const int64_t i = kRows ? first + r : step * kDepth + d, j = kRows ? step * kDepth + d : first + r;
+        pair[d] = weight_of(i, j);
+        counts |= !(std::abs(pair[d]) * (shared_ ? b_.scale[i] : 1) <= negligible_);
       }
-      std::fill(to + rows, to + kTileRows, E{});
-      entries += counts;
+      weights[r] = operand<E>(pair[0], pair[1]);
     }
-    return entries;
+    if (!counts) return;
+    const int64_t at = int64_t(packed.weights.size());
+    packed.weights.insert(packed.weights.end(), weights, weights + kTileRows);
+    Run* run = fresh ? nullptr : &packed.runs.back();
+    if (run && run->stride == kTileRows && run->at + run->count * kTileRows == at && run->row + run->count * kPanelOf<A> == row)
+      ++run->count;
+    else
+      packed.runs.push_back({at, row, 1, kTileRows});
   }
 
+  // Of P; where the table is shared, without the scale of its row.
   double weight_of(int64_t i, int64_t j) const {
-    return factored_ ? b_.weight[centre_ + window_->place[j] - window_->place[i]] * b_.scale[i]
-                     : double(b_.dense[i * window_->tokens + j]);
+    if (!factored_) return double(b_.dense[i * window_->tokens + j]);
+    return b_.weight[centre_ + window_->place[j] - window_->place[i]] * (shared_ ? 1 : b_.scale[i]);
   }
 
   // ---- dense ----
@@ -315,6 +307,7 @@ class Mixing {
   void add_factored_row(int64_t i, const A* dp) {
     const int64_t run = window_->cls.box[2], last = (run - 1) / kDoubles * kDoubles;
     const VectorOf<double>::ints in_run = lane_numbers() < run - last;
+    const double scale = shared_ ? 1 : b_.scale[i];
     double mean = 0;
     if (call_.softmax) {
       DoubleVec sums{}, weights{};
@@ -329,7 +322,7 @@ class Mixing {
     }
     for_each_run(i, [&](int64_t key, int64_t at, int64_t) {
       for (int64_t c = 0; c <= last; c += kDoubles) {
-        const DoubleVec gradient = (load_wide(dp + key + c) - mean) * b_.scale[i];
+        const DoubleVec gradient = (load_wide(dp + key + c) - mean) * scale;
         double* to = &b_.sums[at + c];
         store(to, load<double>(to) + (c < last ? gradient : in_run ? gradient : DoubleVec{}));
       }
@@ -361,7 +354,6 @@ class Mixing {
   MixingBuffers<A>& b_;
   const Window* window_ = nullptr;
   const A* table_ = nullptr;  // of the group at hand
-  const double* entries_ = nullptr;
   int64_t centre_ = 0;
   double negligible_ = 0;
   bool factored_ = false, shared_ = false;  // shared: rows are packed without their scale
