@@ -71,20 +71,20 @@ class Wanted {
     token_ = first_ = first;
     last_ = last;
   }
-  // Asks for a line; false if there is none left.
-  __attribute__((always_inline)) bool ask() {
-    if (at_ == lines_.size()) return false;
+  // Asks for a line if there is one left.
+  __attribute__((always_inline)) void ask() {
+    if (at_ == lines_.size()) return;
     const Line& line = lines_[at_];
     __builtin_prefetch(line.first + line.offset[token_] * line.size);
     if (++token_ == last_) {
       token_ = first_;
       ++at_;
     }
-    return true;
   }
   void ask_for_the_rest() {
-    while (ask()) {
-    }
+    for (; at_ < lines_.size(); ++at_, token_ = first_)
+      for (const Line& line = lines_[at_]; token_ < last_; ++token_)
+        __builtin_prefetch(line.first + line.offset[token_] * line.size);
   }
 
  private:

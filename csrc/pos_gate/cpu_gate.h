@@ -4,67 +4,14 @@
 // with dU = dZ * X2: dX2 = dZ * (Y + b), dX1 = P^T dU, dP = dU X1^T, db = rows of dU summed.
 //
 // Tiling: the columns of a group are the long axis (window, channel of the group), cut into panels as wide as a register
-// tile. A unit is a group and a share of its columns. It prepares P once per window class and streams panels past it. A
+// tile. A unit is a group and a share of its columns. P is prepared once per window class, and panels stream past it. A
 // panel of X1 is gathered by address (activation and norm on the way) and stays in the first-level cache; then, tile of
 // rows by tile of rows, the product is made, and bias, X2 and the way out are applied to the tile while it is at hand.
 // X2, dZ, Z and dX are touched nowhere else, a tile ahead of their use they are asked for, and nothing of the size of x
-// is ever stored. Of P the product by rows needs the table alone (3 KB for N = 196); its transpose, N x N (196^2 floats:
-// 154 KB), stays in the second-level cache.
+// is ever stored. Of P and of its transpose the products need the table alone (3 KB for N = 196), unless there is a free
+// matrix: N x N (196^2 floats: 154 KB), which stays in the second-level cache.
 // Flops: 2 N C a token forward, 8 N C forward and backward, less what P leaves out. Bytes: 3 C and 5 C elements a token.
 // No include guard: every instruction set compiles this text anew, inside its own namespace and target options.
-
-// What the products need of one group's P.
-template <class A, class E>
-struct GroupMixing {
-  const Window* window = nullptr;  // whose class it was made for
-  int64_t group = 0;
-  Packed<E> rows, columns;
-  std::vector<A> scale;  // of the rows, [tokens]
-};
-
-// A thread's buffers, kept from call to call so that no pages are faulted in again.
-template <class A, class E>
-struct Workspace {
-  std::vector<A> storage, bias;  // bias: [tokens] of the window class at hand, zeros if there is none
-  std::vector<E> operands;
-  std::vector<double> bias_sums;  // [tokens, lanes] of the window class at hand
-  MixingBuffers<A> mixing;
-  std::vector<GroupMixing<A, E>> groups;  // of a forward
-
-  static Workspace& of_thread() {
-    static thread_local Workspace workspace;
-    return workspace;
-  }
-  void release_if_large() {
-    constexpr size_t kKeptBytes = size_t(64) << 20;
-    size_t numbers = storage.size() + mixing.dense.size() + operands.size();
-    for (const auto& group : groups) numbers += group.rows.weights.size() + group.columns.weights.size();
-    if (numbers * sizeof(A) > kKeptBytes) *this = Workspace();
-  }
-};
-
-// Buffers out of one vector, aligned to cache lines.
-template <class A>
-class Allotment {
- public:
-  // Sizes are known before anything is handed out, so that no buffer moves.
-  Allotment(std::vector<A>& storage, int64_t count, int64_t buffers) {
-    const size_t wanted = size_t(count + buffers * kAlign);
-    if (storage.size() < wanted) storage.resize(wanted);
-    free_ = storage.data();
-  }
-  A* take(int64_t count) {
-    free_ += (64 - size_t(free_) % 64) % 64 / sizeof(A);
-    A* buffer = free_;
-    std::fill(buffer, buffer + count, A{});
-    free_ += count;
-    return buffer;
-  }
-
- private:
-  static constexpr int64_t kAlign = 64 / sizeof(A);
-  A* free_;
-};
 
 template <class T>
 class Gate {
@@ -94,7 +41,9 @@ class Gate {
     take(allot, {{&x1_, ld_ * kPanel}, {&y_, kTile}, {&done_, kTile}});
     Allotment<E> operands(workspace_.operands, kIsPaired ? ld_ / 2 * kPanel : 0, 1);
     take(operands, {{&factor_, kIsPaired ? ld_ / 2 * kPanel : 0}});
-    forget_groups();
+    const size_t kept = keeps_groups(shape_) ? shape_.groups : 1;
+    if (workspace_.groups.size() < kept) workspace_.groups.resize(kept);
+    for (auto& group : workspace_.groups) group.window = nullptr;
     for (const Window& window : windows_) {
       gather_bias(window);
       for_each_panel(window, first_unit, last_unit, [&](int64_t) {
@@ -147,7 +96,7 @@ class Gate {
   }
 
   void begin_class(const Window& window, bool mixing) {
-    workspace_.groups.resize(std::max<size_t>(workspace_.groups.size(), 1));
+    if (workspace_.groups.empty()) workspace_.groups.resize(1);
     group_ = &workspace_.groups[0];
     prepare_group(window, panel_.group);
     mixing_.pack_columns(group_->columns);
@@ -237,13 +186,10 @@ class Gate {
 
   // ---- groups, units, panels, tiles ----
 
-  // P of the panel's group, for the windows at hand. A forward comes back to a group with every unit and keeps what it
-  // made, as far as there is room.
+  // P of the panel's group, for the windows at hand. A forward comes back to a group with every share of the columns and
+  // keeps what it made.
   void find_group(const Window& window) {
-    constexpr int64_t kRoom = 32 << 20;
-    const int64_t slots = std::max<int64_t>(1, kRoom / (window.tokens * window.tokens * int64_t(sizeof(A))));
-    workspace_.groups.resize(std::max(workspace_.groups.size(), size_t(std::min(slots, shape_.groups))));
-    group_ = &workspace_.groups[panel_.group % slots];
+    group_ = &workspace_.groups[keeps_groups(shape_) ? panel_.group : 0];
     if (group_->window == &window && group_->group == panel_.group) return;
     prepare_group(window, panel_.group);
   }
@@ -254,9 +200,6 @@ class Gate {
     for (int64_t k = 0; k < window.tokens; ++k) group_->scale[k] = mixing_.row_scale(k);
     group_->window = &window;
     group_->group = group;
-  }
-  void forget_groups() {
-    for (auto& group : workspace_.groups) group.window = nullptr;
   }
 
   void gather_bias(const Window& window) {

@@ -95,21 +95,25 @@ struct Run {
 template <class E>
 struct Packed {
   std::vector<int32_t> begin;  // [tiles + 1], into `runs`
-  std::vector<Run> runs;
-  std::vector<E> weights;  // those that runs share, then kTileRows for each step that shares none, and room to stick out
+  std::vector<Run> runs;       // with room for more: `count` of them
+  std::vector<E> weights;      // those that runs share, then kTileRows for each step that shares none
+  int32_t count = 0;
 
   int64_t tiles() const { return int64_t(begin.size()) - 1; }
-  void clear() {
+  void clear(int64_t most_runs) {
     begin.assign(1, 0);
-    runs.clear();
+    if (int64_t(runs.size()) < most_runs) runs.resize(most_runs);
     weights.clear();
+    count = 0;
   }
+  void add(const Run& run) { runs[count++] = run; }
+  Run* last_of_tile() { return count > begin.back() ? &runs[count - 1] : nullptr; }
   void end_tile() {  // which has a run at least
-    if (begin.back() == int32_t(runs.size())) {
-      runs.push_back({int64_t(weights.size()), 0, 1, 0});
+    if (!last_of_tile()) {
+      add({int64_t(weights.size()), 0, 1, 0});
       weights.insert(weights.end(), kTileRows, E{});
     }
-    begin.push_back(int32_t(runs.size()));
+    begin.push_back(count);
   }
 };
 

@@ -14,6 +14,8 @@ namespace {
 
 #include "cpu_mixing.h"
 
+#include "cpu_workspace.h"
+
 #include "cpu_gate.h"
 
 #include "cpu_norm.h"

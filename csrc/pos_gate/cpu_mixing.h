@@ -158,7 +158,7 @@ class Mixing {
   template <bool kRows>
   void pack(Packed<E>& packed) {
     const int64_t tokens = window_->tokens, *place = window_->place.data();
-    packed.clear();
+    packed.clear(divide_up(tokens, kTileRows) * divide_up(tokens, kDepth));
     if (shared_) share_table<kRows>(packed);
     for (int64_t first = 0; first < tokens; first += kTileRows) {
       const int64_t rows = std::min<int64_t>(kTileRows, tokens - first), last = first + rows - 1;
@@ -220,7 +220,7 @@ class Mixing {
       if (step < divide_up(row, kDepth)) add_step<kRows>(packed, first, kTileRows, step++);
       const int64_t inner = std::min(last, (row + length) / kDepth);
       if (step < inner)
-        packed.runs.push_back({origin - place[step * kDepth], int32_t(step * kPanelOf<A>), int32_t(inner - step), -kDepth});
+        packed.add({origin - place[step * kDepth], int32_t(step * kPanelOf<A>), int32_t(inner - step), -kDepth});
       if (inner < last) add_step<kRows>(packed, first, kTileRows, inner);
     }
   }
@@ -234,8 +234,8 @@ class Mixing {
   template <bool kRows>
   void add_step(Packed<E>& packed, int64_t first, int64_t rows, int64_t step) const {
     const int32_t row = int32_t(step * kPanelOf<A>);
-    const bool fresh = packed.begin.back() == int32_t(packed.runs.size());
-    if (!fresh && packed.runs.back().row + (packed.runs.back().count - 1) * kPanelOf<A> == row) return;
+    Run* const run = packed.last_of_tile();
+    if (run && run->row + (run->count - 1) * kPanelOf<A> == row) return;
     E weights[kTileRows] = {};
     bool counts = false;
     for (int64_t r = 0; r < rows; ++r) {
@@ -250,11 +250,10 @@ class Mixing {
     if (!counts) return;
     const int64_t at = int64_t(packed.weights.size());
     packed.weights.insert(packed.weights.end(), weights, weights + kTileRows);
-    Run* run = fresh ? nullptr : &packed.runs.back();
     if (run && run->stride == kTileRows && run->at + run->count * kTileRows == at && run->row + run->count * kPanelOf<A> == row)
       ++run->count;
     else
-      packed.runs.push_back({at, row, 1, kTileRows});
+      packed.add({at, row, 1, kTileRows});
   }
 
   // Of P; where the table is shared, without the scale of its row.

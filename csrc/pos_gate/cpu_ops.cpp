@@ -1,7 +1,6 @@
 // The `cpu` overloads of the two ops: outputs and workspace, threads, and the registration.
 #include <torch/csrc/stable/library.h>
 
-#include <limits>
 #include <tuple>
 
 #ifdef __linux__
@@ -14,10 +13,10 @@
 namespace posmlp::cpu {
 namespace {
 
-constexpr int64_t kUnits = 64;            // of a backward: enough to keep many cores busy
-constexpr int64_t kColumnsPerUnit = 768;  // enough for packing P to cost little beside its use
-// A share of x that caches hold until all groups have had their channels of it, for a group's rows end amid cache lines.
-constexpr int64_t kBytesPerSplit = 8 << 20;
+constexpr int64_t kUnits = 64;         // of a backward: enough to keep many cores busy
+constexpr int64_t kFewColumns = 384;   // the fewest for which packing P costs little beside its use
+constexpr int64_t kPanelColumns = 48;  // the widest panel's
+constexpr int64_t kNearBytes = 256 << 10;  // of x: a share that the second-level cache holds
 constexpr int64_t kNormBlocks = 64;
 
 Storage storage_of(ScalarType type) {
@@ -30,13 +29,28 @@ Storage storage_of(ScalarType type) {
 }
 
 // Into how many shares the columns of each group are cut.
-int64_t count_splits(const Shape& shape, int64_t bytes, int64_t least_units, int64_t most_units) {
-  const int64_t columns = shape.batch * shape.map_tokens() / shape.window_tokens() * shape.group_channels();
-  const int64_t wanted = std::max(divide_up(least_units, shape.groups), divide_up(bytes, kBytesPerSplit));
-  return std::clamp<int64_t>(columns / kColumnsPerUnit, 1, std::min(wanted, 1 + (most_units - 1) / shape.groups));
+
+int64_t columns_of_group(const Shape& shape) {
+  return divide_up(shape.batch * shape.map_tokens(), shape.window_tokens()) * shape.group_channels();
 }
 
-Call call_of(const Arguments& a, int64_t least_units, int64_t most_units) {
+// Of a forward, whose results do not depend on it. A thread packs P of a group once, whatever the number of shares. They
+// are as small as the caches like them, for the groups' channels lie in the same cache lines. But where there are few
+// columns, a thread had better keep to some of the groups, if these can be dealt out evenly.
+int64_t forward_splits(const Shape& shape, int64_t bytes, int64_t threads) {
+  const int64_t columns = columns_of_group(shape), busy = divide_up(4 * threads, shape.groups);
+  if (!keeps_groups(shape)) return std::clamp<int64_t>(columns / (2 * kFewColumns), 1, busy);
+  if (columns >= kFewColumns * threads)
+    return std::clamp<int64_t>(std::max(busy, bytes / kNearBytes), 1, divide_up(columns, kPanelColumns));
+  return std::clamp<int64_t>(columns / (4 * kPanelColumns), 1, shape.groups % threads == 0 ? 1 : busy);
+}
+
+// Of a backward, where sums cross units: a function of the shape alone.
+int64_t backward_splits(const Shape& shape) {
+  return std::clamp<int64_t>(columns_of_group(shape) / (2 * kFewColumns), 1, divide_up(kUnits, shape.groups));
+}
+
+Call call_of(const Arguments& a, int64_t splits) {
   Call call{};
   call.shape = a.shape;
   call.storage = storage_of(a.x.scalar_type());
@@ -51,7 +65,7 @@ Call call_of(const Arguments& a, int64_t least_units, int64_t most_units) {
   call.matrix_per_group = a.matrix_per_group;
   call.norm_weight = a.data(a.norm_weight);
   call.norm_bias = a.data(a.norm_bias);
-  call.splits = count_splits(a.shape, a.x.numel() * a.x.element_size(), least_units, most_units);
+  call.splits = splits;
   call.norm_blocks = std::clamp<int64_t>(a.shape.batch * a.shape.map_tokens(), 1, kNormBlocks);
   return call;
 }
@@ -87,10 +101,9 @@ Tensor norm_statistics(const Arguments& a, Call& call, const Kernels& kernels) {
 Tensor forward(const Tensor& x, const MaybeTensor& table, const MaybeTensor& bias, const MaybeTensor& matrix,
                const MaybeTensor& norm_weight, const MaybeTensor& norm_bias, const Sizes& window, const Sizes& shift,
                bool softmax, int64_t activation, double eps) {
-  // No result depends on the number of units here: as few as keep the threads busy and the caches useful.
-  const int64_t units = 4 * int64_t(torch::stable::get_num_threads());
   const Arguments a(x, table, bias, matrix, norm_weight, norm_bias, window, shift, softmax, activation, eps);
-  Call call = call_of(a, units, std::numeric_limits<int64_t>::max());
+  const int64_t threads = torch::stable::get_num_threads(), bytes = x.numel() * x.element_size();
+  Call call = call_of(a, forward_splits(a.shape, bytes, threads));
   Tensor z = output(a, a.z_sizes());
   if (z.numel() == 0) return z;
   const Kernels& kernels = choose_kernels();
@@ -118,7 +131,7 @@ Gradients backward(const Tensor& dz, const Tensor& x, const MaybeTensor& table, 
                    const Sizes& window, const Sizes& shift, bool softmax, int64_t activation, double eps,
                    bool mixing_grad) {
   const Arguments a(x, table, bias, matrix, norm_weight, norm_bias, window, shift, softmax, activation, eps);
-  Call call = call_of(a, kUnits, kUnits);
+  Call call = call_of(a, backward_splits(a.shape));
   const Shape& shape = call.shape;
   const int64_t n = shape.window_tokens(), part_count = call.units();
   const Tensor gradient = a.gradient(dz);
