@@ -77,6 +77,8 @@ sanitize:  ## the C++ kernels, and the CUDA ones on an emulated device, under Ad
 	build/sanitize/test_cuda 0 30
 	$(CXX) $(SANITIZE) -Icsrc/pos_gate -Itests/csrc tests/csrc/test_cuda_tensor.cpp -o build/sanitize/test_cuda_tensor
 	build/sanitize/test_cuda_tensor 15
+	$(CXX) $(SANITIZE) -Icsrc/pos_gate -Itests/csrc tests/csrc/test_cuda_rebuild.cpp -o build/sanitize/test_cuda_rebuild
+	build/sanitize/test_cuda_rebuild
 
 FUZZ_SEED ?= $(shell date +%Y%m%d)
 FUZZ_SECONDS ?= 240

@@ -13,7 +13,9 @@ from pathlib import Path
 from setuptools import Extension, setup
 
 CPU_SOURCES = sorted(str(path) for path in [Path("csrc/module.cpp"), *Path("csrc").rglob("cpu_*.cpp")])
-CUDA_SOURCES = sorted(str(path) for path in [Path("csrc/build_cuda.py"), *Path("csrc").rglob("*.cu*")])
+# What _C_cuda depends on, not its sources: for a .cu among those torch's build wants a torch with CUDA,
+# of the toolkit's major version, and else gives up on _C too. build_cuda.py needs neither.
+CUDA_SOURCES = sorted(str(path) for path in Path("csrc").rglob("*.cu*"))
 HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.h"))
 STABLE_ABI = ["-DPy_LIMITED_API=0x030A0000", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
 # Not -ffast-math: it would flush subnormals in the whole process and lose NaN.
@@ -62,7 +64,11 @@ def cpu_extension() -> dict:
     if os.environ.get("POSMLP_SKIP_CUDA") != "1" and (os.environ.get("CUDA_HOME") or shutil.which("nvcc")):
         modules.append(
             Extension(
-                "posmlp_kernels._C_cuda", CUDA_SOURCES, depends=HEADERS, py_limited_api=True, optional=True
+                "posmlp_kernels._C_cuda",
+                ["csrc/build_cuda.py"],
+                depends=CUDA_SOURCES + HEADERS,
+                py_limited_api=True,
+                optional=True,
             )
         )
     return {"ext_modules": modules, "cmdclass": {"build_ext": Build}}

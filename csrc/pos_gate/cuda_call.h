@@ -3,7 +3,7 @@
 // Everything that kernels hand to each other lies in one workspace; P and its gradient are indexed by the tokens that a
 // class of windows (shape.h) has, row by query and column by key:
 //
-//     mixing    [classes, S, side, side]    P, in x's type; zeros beyond a class's tokens
+//     mixing    [classes, S, side, side]    P, in x's type; zeros beyond a class's tokens; for products that read it
 //     row_max, row_rinv  [classes, S, N]    of the softmax: maximum of the logits, 1 / sum of their exponentials
 //     dmixing   [classes, splits, S, N, N]  dL/dP, partial sums over a share of the windows each
 //     dbias     [classes, splits, S, N]     partial sums of dz * x2 over channels, by query

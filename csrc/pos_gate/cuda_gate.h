@@ -48,21 +48,23 @@ void plan(Call<T>& call, const Chip& chip) {
 // The bytes of a call's workspace; places its parts from `base` on unless that is null. Parts that the call has no use
 // for are null. The gradient of a matrix per group is that of the logits: it has to be there already.
 template <class T>
-int64_t lay_out(Call<T>& call, bool backward, bool mixing_grad, char* base) {
+int64_t lay_out(Call<T>& call, const Chip& chip, bool backward, bool mixing_grad, char* base) {
   const Shape& shape = call.shape;
   const int64_t n = shape.window_tokens(), tokens = shape.batch * shape.map_tokens(), kinds = call.class_count;
   const int64_t rows = kinds * shape.groups * n, norm = call.norm_weight ? tokens : 0;
-  const bool softmax_grad = mixing_grad && call.softmax, apart = mixing_grad && !call.matrix_per_group;
+  const MixingUse mixing = mixing_use(call, chip, backward);
+  const bool statistics = call.softmax && (mixing_grad || mixing.rebuilt);
+  const bool apart = mixing_grad && !call.matrix_per_group;
   int64_t bytes = 0;
   const auto place = [&](auto*& part, int64_t count) {
     part = base && count > 0 ? reinterpret_cast<std::remove_reference_t<decltype(part)>>(base + bytes) : nullptr;
     bytes += round_up(count * int64_t(sizeof(*part)), 256);
   };
-  place(call.mixing, kinds * shape.groups * call.side * call.side);
+  place(call.mixing, mixing.stored ? kinds * shape.groups * call.side * call.side : 0);
   place(call.mean, norm);
   place(call.rstd, norm);
-  place(call.row_max, softmax_grad ? rows : 0);
-  place(call.row_rinv, softmax_grad ? rows : 0);
+  place(call.row_max, statistics ? rows : 0);
+  place(call.row_rinv, statistics ? rows : 0);
   place(call.dmixing, mixing_grad ? rows * call.splits * n : 0);
   place(call.dlogits, apart ? shape.groups * n * n : 0);
   place(call.dbias_parts, backward && call.bias ? rows * call.splits : 0);
@@ -82,7 +84,7 @@ void launch(Launcher& launcher, const typename Kernel::Arguments& arguments) {
 template <class T, class Launcher>
 void prepare(Launcher& launcher, const Call<T>& call) {
   if (call.norm_weight) launch<StatisticsKernel<T>>(launcher, call);
-  launch<MixingKernel<T>>(launcher, call);
+  if (call.mixing || call.row_max) launch<MixingKernel<T>>(launcher, call);
 }
 
 template <class T, class Launcher>

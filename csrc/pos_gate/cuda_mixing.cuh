@@ -1,6 +1,7 @@
 // What is done once per pair of tokens: the mixing matrix, and the gradients that come back through it.
 //
-//     MixingKernel   P[class, g]  = softmax of the logits over the tokens of the class, or the logits; zero beyond
+//     MixingKernel   P[class, g]  = softmax of the logits over the tokens of the class, or the logits; zero beyond;
+//                    or the rows' statistics alone, where products make P from those
 //     LogitsKernel   dL[g]        = sum over classes of P (dP - rowsum(P dP)), or of dP without softmax
 //     TableKernel    dR[g](d)     = sum over i of dL[g][i, i + d]
 //
@@ -61,7 +62,7 @@ struct MixingKernel {
     const int lane = thread_index() % kLanes;
     const WindowClass& cls = call.classes[of_class / call.shape.groups];
     const int64_t i = row - of_class * call.side, tokens = cls.tokens();
-    T* mixing = call.mixing + row * call.side;
+    T* const mixing = call.mixing ? call.mixing + row * call.side : nullptr;
     int64_t j = lane;
     if (i < tokens) {
       int64_t query[kRank];
@@ -73,12 +74,13 @@ struct MixingKernel {
         call.row_max[of_class * call.shape.window_tokens() + i] = maximum;
         call.row_rinv[of_class * call.shape.window_tokens() + i] = inverse;
       }
+      if (!mixing) return;
       for (auto key = token_walk(cls, lane, kLanes); j < tokens; j += kLanes, key.next()) {
         const A logit = logits(key);
         mixing[j] = round_to<T>(call.softmax ? exp(logit - maximum) * inverse : logit);
       }
     }
-    for (; j < call.side; j += kLanes) mixing[j] = round_to<T>(A(0));
+    for (; mixing && j < call.side; j += kLanes) mixing[j] = round_to<T>(A(0));
   }
 
  private:

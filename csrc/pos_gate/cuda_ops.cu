@@ -68,10 +68,10 @@ A* values_of(const Tensor& tensor) {
 
 // The workspace of a call, whose parts are placed in it.
 template <class T>
-Tensor lay_out_new(const Arguments& a, Call<T>& call, bool backward, bool mixing_grad) {
-  const int64_t bytes = lay_out(call, backward, mixing_grad, nullptr);
+Tensor lay_out_new(const Arguments& a, Call<T>& call, const Chip& chip, bool backward, bool mixing_grad) {
+  const int64_t bytes = lay_out(call, chip, backward, mixing_grad, nullptr);
   Tensor workspace = torch::stable::new_empty(a.x, Sizes{bytes}, std::make_optional(ScalarType::Byte));
-  lay_out(call, backward, mixing_grad, static_cast<char*>(workspace.mutable_data_ptr()));
+  lay_out(call, chip, backward, mixing_grad, static_cast<char*>(workspace.mutable_data_ptr()));
   return workspace;
 }
 
@@ -88,7 +88,7 @@ void run_forward(const Arguments& a, const Tensor& z) {
   call.z = static_cast<T*>(z.mutable_data_ptr());
   call.z_view = a.shape.contiguous(a.shape.channels);
   plan(call, chip);
-  const Tensor workspace = lay_out_new(a, call, false, false);
+  const Tensor workspace = lay_out_new(a, call, chip, false, false);
   forward(launcher, call, chip);
 }
 
@@ -108,7 +108,7 @@ void run_backward(const Arguments& a, const Tensor& dz, const Outputs& out, bool
   call.dnorm_weight = values_of<A>(out.dnorm_weight);
   call.dnorm_bias = values_of<A>(out.dnorm_bias);
   plan(call, chip);
-  const Tensor workspace = lay_out_new(a, call, true, mixing_grad);
+  const Tensor workspace = lay_out_new(a, call, chip, true, mixing_grad);
   backward(launcher, call, chip);
 }
 

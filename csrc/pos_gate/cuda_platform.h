@@ -7,6 +7,8 @@
 
 #include <math.h>  // not cmath: both compilers know its overloads for float by their plain names
 
+#include <type_traits>
+
 #include "shape.h"
 
 #ifdef __CUDACC__
@@ -63,6 +65,17 @@ template <>
 POSMLP_DEVICE Bf16 round_to<Bf16>(float x) { return {__bfloat16_as_ushort(__float2bfloat16_rn(x))}; }
 template <>
 POSMLP_DEVICE Half round_to<Half>(float x) { return {__half_as_ushort(__float2half_rn(x))}; }
+
+// Two at once: the first in the lower half of the word.
+template <class T>
+POSMLP_DEVICE uint32_t round_pair(float first, float second) {
+  uint32_t pair;
+  if constexpr (std::is_same_v<T, Bf16>)
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+  else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+  return pair;
+}
 
 // Copies `bytes` (4, 8 or 16, aligned to as much) from global to shared memory, without waiting; zeros if not `valid`.
 template <int bytes>

@@ -31,7 +31,14 @@ int widest_piece(const Call<T>& call, bool backward) {
   return 1;
 }
 
+// Whether P can be made from a table in shared memory: a free matrix would not fit there either.
+template <class T>
+bool is_rebuildable(const Call<T>& call) {
+  return call.table && !call.matrix;
+}
+
 // Blocks of as many rows as fit, for no row is read twice in one block; P is kept where it fits beside two stages.
+// Where that leaves fewer warps than a multiprocessor has tensor cores, it is rather made anew, if it can be.
 template <class T, Product kProduct>
 TensorPlan plan_product(const Call<T>& call, const Chip& chip) {
   using Kernel = TensorProductKernel<T, kProduct>;
@@ -40,21 +47,22 @@ TensorPlan plan_product(const Call<T>& call, const Chip& chip) {
   TensorPlan plan{};
   plan.piece = widest_piece(call, kProduct != Product::gate);
   plan.pairs = plan.piece > 1;
-  const int all_warps = int(divide_up(tokens, 32));
+  const int all_warps = int(divide_up(tokens, 32)), fewest_warps = std::min(all_warps, is_rebuildable(call) ? 4 : 2);
   for (const bool keep : {true, false})
     for (int row_blocks = int(divide_up(all_warps, kMostWarps)); row_blocks <= all_warps; ++row_blocks) {
       // Half of the rows or fewer at a time are worth it only if P stays; else any tile will do.
       if (kProduct == Product::both && (!keep || row_blocks > 1)) continue;
       plan.warps = int(divide_up(all_warps, row_blocks));
       plan.row_blocks = int(divide_up(all_warps, plan.warps));
+      if (keep && plan.warps < fewest_warps) break;
       plan.keep = keep;
+      plan.rebuild = !keep && is_rebuildable(call);
       plan.keys = int(keep ? call.side : kStreamedKeys);
       plan.chunks = int(divide_up(call.side, plan.keys));
       for (plan.stages = 3; plan.stages >= 2; --plan.stages) {
         plan.shared_bytes = Kernel::shared_bytes(call.shape, plan);
         if (plan.shared_bytes <= chip.shared_bytes) return plan;
       }
-      if (keep && plan.warps <= 2) break;
     }
   plan.shared_bytes = -1;  // no cut fits
   return plan;
@@ -91,6 +99,30 @@ OuterPlan plan_outer(const Call<T>& call, const Chip& chip) {
       if (plan.shared_bytes <= chip.shared_bytes || (plan.warps == 1 && plan.stages == 2)) return plan;
     }
   }
+}
+
+// What a call's products take P from: memory, or the table and the statistics of its rows.
+struct MixingUse {
+  bool stored, rebuilt;
+};
+
+template <class T>
+MixingUse mixing_use(const Call<T>& call, const Chip& chip, bool backward) {
+  MixingUse use{};
+  const auto add = [&](const TensorPlan& plan) { (plan.rebuild ? use.rebuilt : use.stored) = true; };
+  if constexpr (sizeof(T) == 2)
+    if (on_tensor_cores(call, chip)) {
+      if (!backward) {
+        add(plan_product<T, Product::gate>(call, chip));
+      } else if (const TensorPlan both = plan_product<T, Product::both>(call, chip); both.shared_bytes > 0) {
+        add(both);
+      } else {
+        add(plan_product<T, Product::rows>(call, chip));
+        add(plan_product<T, Product::columns>(call, chip));
+      }
+      return use;
+    }
+  return {true, false};
 }
 
 // ---- the launches ----

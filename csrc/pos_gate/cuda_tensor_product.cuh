@@ -6,9 +6,10 @@
 //     both      rows, then columns, of a panel that is read once
 //
 // A block keeps its rows of P (of P^T) in shared memory and streams panels past them: while it multiplies one, the next
-// are on their way. Each warp has 32 rows and the panel's kColumns columns, 32 sums a thread. Where P does not fit, its
-// rows come with the panels, in chunks of keys, from the second-level cache. What the epilogue needs of x and dz is
-// fetched into registers before the product, so that its latency hides behind it.
+// are on their way. Each warp has 32 rows and the panel's kColumns columns, 32 sums a thread. Where P does not fit,
+// panels come in chunks of keys, and P's rows are made anew from the table (cuda_tensor_rebuild.cuh), or, if a free
+// matrix has part in them, come along from the second-level cache. What the epilogue needs of x and dz is fetched into
+// registers before the product, so that its latency hides behind it.
 //
 // Bytes: gate reads 2C and writes C elements a token. both reads 3C and writes 2C, the least there is (with an activation
 // x1 comes once more, from the cache). It needs all of P and three tiles a stage in one block: 197 KB for a window of
@@ -16,6 +17,7 @@
 // that run side by side find each other's lines in the second-level cache.
 #pragma once
 
+#include "cuda_tensor_rebuild.cuh"
 #include "cuda_tensor_tiles.cuh"
 
 namespace posmlp::cuda {
@@ -40,7 +42,7 @@ struct TensorProductKernel {
     return call.shape.groups * plan.row_blocks * call.class_count * call.splits;
   }
 
-  // Shared memory, in bytes: P, then the stages' tiles and columns, then the offsets of tokens.
+  // Shared memory, in bytes: P, then the stages' tiles and columns, the offsets of tokens, and what P is made from.
   static POSMLP_BOTH int64_t p_stride(const TensorPlan& plan) {
     return (kTransposed ? plan.warps * 32 : plan.keys) + kPadding;
   }
@@ -48,11 +50,12 @@ struct TensorProductKernel {
     return (kTransposed ? plan.keys : plan.warps * 32) * p_stride(plan);
   }
   static POSMLP_BOTH int64_t stage_elements(const TensorPlan& plan) {
-    return kTiles * plan.keys * kTileStride + (plan.keep ? 0 : p_elements(plan));
+    return kTiles * plan.keys * kTileStride + (plan.keep || plan.rebuild ? 0 : p_elements(plan));
   }
   static POSMLP_BOTH int64_t shared_bytes(const Shape& shape, const TensorPlan& plan) {
     const int64_t elements = (plan.keep ? p_elements(plan) : 0) + plan.stages * stage_elements(plan);
-    return elements * 2 + plan.stages * kColumns * int64_t(sizeof(PanelColumn)) + TokenOffsets::bytes(shape);
+    return elements * 2 + plan.stages * kColumns * int64_t(sizeof(PanelColumn)) + TokenOffsets::bytes(shape) +
+           (plan.rebuild ? RebuiltMixing<T>::bytes(shape, plan) : 0);
   }
 
   static POSMLP_DEVICE void run(const Arguments& arguments, char* shared) { Block(arguments, shared).run(); }
@@ -69,6 +72,7 @@ struct TensorProductKernel {
     T *const kept, *const stages;
     PanelColumn* const columns;
     const TokenOffsets offsets;
+    RebuiltMixing<T> rebuilt;
     float sums[kRowTiles][kColumnTiles][4];
     float row_gradients[kRowTiles][2];
     uint32_t words[2][kRowTiles][kColumnTiles][2];  // pairs of x2 (or x1), and of dz
@@ -86,7 +90,8 @@ struct TensorProductKernel {
           kept(reinterpret_cast<T*>(shared)),
           stages(kept + (plan.keep ? p_elements(plan) : 0)),
           columns(reinterpret_cast<PanelColumn*>(stages + plan.stages * stage_elements(plan))),
-          offsets(columns + plan.stages * kColumns, call.shape) {}
+          offsets(columns + plan.stages * kColumns, call.shape),
+          rebuilt(offsets.end(call.shape), call.shape, plan) {}
 
     POSMLP_DEVICE int64_t tile_size() const { return int64_t(plan.keys) * kTileStride; }
     POSMLP_DEVICE T* stage(int64_t step) const { return stages + step % plan.stages * stage_elements(plan); }
@@ -97,6 +102,7 @@ struct TensorProductKernel {
     POSMLP_DEVICE void run() {
       for (auto& pair : row_gradients) pair[0] = pair[1] = 0;
       offsets.fill(call, out_view, call.classes[unit.window_class], threads);
+      if (plan.rebuild) rebuilt.fill(call, plan, unit);
       sync_threads();
       const int64_t mine = divide_up(panels.count() - unit.split, call.splits);  // panels; negative if none
       const int64_t steps = (mine > 0 ? mine : 0) * plan.chunks;
@@ -108,12 +114,15 @@ struct TensorProductKernel {
         sync_threads();
         copy(step + plan.stages - 1, steps);
         if (step % plan.chunks == 0) begin<kFirst>(step);
-        multiply<kTransposed>(plan.keep ? kept : stage(step) + kTiles * tile_size(), stage(step));
+        if (!kBoth && plan.rebuild)
+          multiply_rebuilt(first_key(step), stage(step));
+        else
+          multiply_stored<kTransposed>(plan.keep ? kept : stage(step) + kTiles * tile_size(), stage(step));
         if (step % plan.chunks == plan.chunks - 1) end<kFirst>(step);
         if constexpr (kBoth) {
           sync_threads();  // G has taken the place of dz
           begin<Product::columns>(step);
-          multiply<true>(kept, stage(step) + 2 * tile_size());
+          multiply_stored<true>(kept, stage(step) + 2 * tile_size());
           end<Product::columns>(step);
         }
       }
@@ -149,7 +158,7 @@ struct TensorProductKernel {
         constexpr Source kSources[] = {kTransposed ? Source::dz : Source::x1, Source::x2, Source::dz};
         for (int i = 0; i < kTiles; ++i, tile += tile_size())
           copy_tile(tile, call, kSources[i], column, offsets, share, first, plan.keys, tokens, plan.piece);
-        if (!plan.keep) copy_p(tile, first);
+        if (!plan.keep && !plan.rebuild) copy_p(tile, first);
       }
       copies_commit();
     }
@@ -168,14 +177,30 @@ struct TensorProductKernel {
     // ---- the product ----
 
     template <bool kOfTransposed>
-    POSMLP_DEVICE void multiply(const T* p, const T* tile) {
+    POSMLP_DEVICE void multiply_stored(const T* p, const T* tile) {
       const int warp_row = thread_index() / kWarp * 32, stride = int(p_stride(plan));
-      for (int k = 0; k < plan.keys; k += 16) {
-        uint32_t a[kRowTiles][4], b[kColumnTiles / 2][4];
+      multiply(tile, [&](uint32_t (&a)[kRowTiles][4], int k) {
         POSMLP_UNROLL for (int r = 0; r < kRowTiles; ++r) {
           const int row = warp_row + 16 * r;
           load_a<kOfTransposed>(a[r], p + (kOfTransposed ? k * stride + row : row * stride + k), stride);
         }
+      });
+    }
+
+    POSMLP_DEVICE void multiply_rebuilt(int first, const T* tile) {
+      typename RebuiltMixing<T>::Token rows[kRowTiles][2];
+      POSMLP_UNROLL for (int r = 0; r < kRowTiles; ++r)
+        POSMLP_UNROLL for (int half = 0; half < 2; ++half) rows[r][half] = rebuilt.token(row_of(r, half));
+      multiply(tile,
+               [&](uint32_t (&a)[kRowTiles][4], int k) { rebuilt.template load_a<kTransposed>(a, rows, first + k); });
+    }
+
+    // `load_rows` gets the fragments of this warp's rows of P, at 16 of the keys that the tile has.
+    template <class LoadRows>
+    POSMLP_DEVICE void multiply(const T* tile, LoadRows load_rows) {
+      for (int k = 0; k < plan.keys; k += 16) {
+        uint32_t a[kRowTiles][4], b[kColumnTiles / 2][4];
+        load_rows(a, k);
         POSMLP_UNROLL for (int c = 0; c < kColumnTiles / 2; ++c)
           load_b<false>(b[c], tile + k * kTileStride + 16 * c, kTileStride);
         POSMLP_UNROLL for (int r = 0; r < kRowTiles; ++r)
@@ -234,7 +259,7 @@ struct TensorProductKernel {
         if constexpr (kPart == Product::rows)
           row_gradients[r][half] += gradients[0] + (two.channel >= 0 ? gradients[1] : 0.0f);
         if constexpr (kBoth && kPart == Product::rows)
-          in_tile[tile_size()] = pair_of(round_to<T>(gradients[0]), round_to<T>(gradients[1]));
+          in_tile[tile_size()] = round_pair<T>(gradients[0], gradients[1]);
         store<kPart>(row, one, two, out);
       });
     }
@@ -278,8 +303,6 @@ struct TensorProductKernel {
       return to_accumulation(T{uint16_t(i ? word >> 16 : word)});
     }
 
-    POSMLP_DEVICE static uint32_t pair_of(T first, T second) { return first.bits | uint32_t(second.bits) << 16; }
-
     POSMLP_DEVICE uint32_t load_pair(const T* first, const T* second, const PanelColumn& one,
                                      const PanelColumn& two) const {
       if (one.channel < 0) return 0;
@@ -288,13 +311,13 @@ struct TensorProductKernel {
     }
 
     POSMLP_DEVICE void store_pair(T* first, T* second, const float (&out)[2], bool both) const {
-      const T one = round_to<T>(out[0]), two = round_to<T>(out[1]);
+      const uint32_t pair = round_pair<T>(out[0], out[1]);
       if (plan.pairs) {
-        *reinterpret_cast<uint32_t*>(first) = pair_of(one, two);
+        *reinterpret_cast<uint32_t*>(first) = pair;
         return;
       }
-      *first = one;
-      if (both) *second = two;
+      *first = T{uint16_t(pair)};
+      if (both) *second = T{uint16_t(pair >> 16)};
     }
 
     POSMLP_DEVICE void store_row_sums() const {

@@ -21,6 +21,7 @@ struct TensorPlan {
   int keys, chunks;       // rows of the panel's tile that are in shared memory at once; how often
   int stages;             // tiles in flight and in use, 2 or 3
   bool keep;              // whether the block's rows of P stay in shared memory: all keys in one chunk
+  bool rebuild;           // else whether they are made from the table where they are multiplied, rather than streamed
   int piece;              // elements that a copy takes
   bool pairs;             // whether neighbouring channels can be read and written as one
   int64_t shared_bytes;
@@ -89,6 +90,7 @@ struct TokenOffsets {
     x = static_cast<int64_t*>(shared), dz = x + shape.window_tokens(), out = dz + shape.window_tokens();
     token = out + shape.window_tokens();
   }
+  POSMLP_DEVICE void* end(const Shape& shape) const { return token + shape.window_tokens(); }
 
   template <class T>
   POSMLP_DEVICE void fill(const Call<T>& call, const View& out_view, const WindowClass& windows, int threads) const {

@@ -85,6 +85,11 @@ inline Half round_to<Half>(float x) {
   return {uint16_t(sign | (((bits + 0xfff + (bits >> 13 & 1)) >> 13) - (112 << 10)))};
 }
 
+template <class T>
+uint32_t round_pair(float first, float second) {
+  return round_to<T>(first).bits | uint32_t(round_to<T>(second).bits) << 16;
+}
+
 template <int bytes>
 void copy_async(void* shared, const void* global, bool valid) {
   static_assert(bytes == 4 || bytes == 8 || bytes == 16);

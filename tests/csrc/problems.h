@@ -60,6 +60,19 @@ Problem<A> random_problem() {
   return p;
 }
 
+// A table that falls off from a centre outside of the window: rows whose keys are all far from it lie deep below.
+template <class A>
+std::vector<A> table_about_a_far_centre(const Shape& s) {
+  const View strides = s.table_view();
+  std::vector<A> table(s.groups * s.table_size());
+  for (size_t e = 0; e < table.size(); ++e)
+    for (int d = 0; d < kRank; ++d) {
+      const int64_t size = 2 * s.window[d] - 1, beyond = size + 3 - int64_t(e) / strides.map[d] % size;
+      table[e] -= A(0.5) * A(beyond * beyond);
+    }
+  return table;
+}
+
 inline double activated(Activation activation, double x) {
   if (activation == Activation::gelu) return 0.5 * x * std::erfc(-x / std::sqrt(2.0));
   if (activation == Activation::gelu_tanh)

@@ -165,10 +165,10 @@ class Session {
 
   template <class Direction>
   void run(Call<T>& call, bool backward, bool mixing_grad, Direction&& direction) {
-    const int64_t bytes = lay_out(call, backward, mixing_grad, nullptr);
+    const int64_t bytes = lay_out(call, chip_, backward, mixing_grad, nullptr);
     const std::unique_ptr<char, void (*)(void*)> workspace((char*)std::aligned_alloc(256, bytes), std::free);
     std::memset(workspace.get(), 0xff, bytes);
-    lay_out(call, backward, mixing_grad, workspace.get());
+    lay_out(call, chip_, backward, mixing_grad, workspace.get());
     EmulatedLauncher launcher;
     direction(launcher, call);
   }
@@ -223,9 +223,29 @@ bool type_holds(Case<double> exact, double tolerance) {
   return close(same.run(), exact.run(), tolerance);
 }
 
+// The least shared memory that a chip may have for a problem: P stays there only where that takes less than all else.
+int64_t least_shared_bytes(const Problem<double>& p) {
+  static const float some = 0;
+  Call<Bf16> call{};
+  call.shape = p.shape;
+  call.table = p.has_table ? &some : nullptr, call.matrix = p.has_matrix ? &some : nullptr;
+  Chip chip{1, 0, 80};
+  plan(call, chip);
+  const auto fits = [&] {
+    return plan_product<Bf16, Product::gate>(call, chip).shared_bytes > 0 &&
+           plan_product<Bf16, Product::rows>(call, chip).shared_bytes > 0 &&
+           plan_product<Bf16, Product::columns>(call, chip).shared_bytes > 0;
+  };
+  while (!fits()) chip.shared_bytes += 1 << 10;
+  return chip.shared_bytes;
+}
+
 Case<double> random_case() {
   Case<double> c;
-  Problem<double>& p = c.problem = random_problem<double>();
+  Problem<double>& p = c.problem;
+  const bool rebuilds = pick(0, 2) == 0;  // on a chip so small that P of so many tokens has no room
+  do p = random_problem<double>();
+  while (rebuilds && (p.has_matrix || p.shape.window_tokens() <= 64));
   Shape& s = p.shape;
   c.x = random_view(s, 2 * s.channels), c.z = random_view(s, s.channels), c.dz = random_view(s, s.channels);
   if (pick(0, 15) == 0) {  // an empty batch, whose parameters have gradients of zero
@@ -239,8 +259,11 @@ Case<double> random_case() {
   if (p.softmax && pick(0, 3) == 0) {  // rows that are far below the table's maximum, and keys that are left out
     for (double& value : p.table) value = pick(0, 3) ? 100 * value : -INFINITY;
     for (int64_t g = 0; g < s.groups; ++g) p.table[g * s.table_size() + s.table_size() / 2] = -300;
+  } else if (p.softmax && pick(0, 3) == 0) {
+    p.table = table_about_a_far_centre<double>(s);
   }
   c.chip = {int(pick(1, 12)), 99 << 10, 80};
+  if (rebuilds || pick(0, 1)) c.chip.shared_bytes = least_shared_bytes(p) + (pick(0, 1) ? 0 : pick(1, 40) << 10);
   c.mixing_grad = pick(0, 3) > 0;
   return c;
 }

@@ -52,6 +52,12 @@ def test_products_on_tensor_cores_equal_their_sums(compiled):
 
 
 @needs_compiler
+def test_p_made_from_the_table_equals_p_as_it_is_stored(compiled):
+    done = run(compiled("test_cuda_rebuild"))
+    assert done.returncode == 0 and done.stdout.endswith(" 0 failed\n"), done.stdout + done.stderr
+
+
+@needs_compiler
 def test_the_quadratic_table_equals_the_cpu_s(compiled):
     done = run(compiled("test_cuda_table"))
     assert done.returncode == 0 and done.stdout.endswith(" 0 failed\n"), done.stdout + done.stderr

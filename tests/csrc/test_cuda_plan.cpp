@@ -31,8 +31,9 @@ void expect(bool holds, const std::string& what) {
 }
 
 alignas(16) Bf16 memory[8];  // nothing is read, only its alignment
+const float parameter = 0;
 
-Call<Bf16> call_of(const Gate& gate, const Chip& chip, int64_t batch) {
+Call<Bf16> call_of(const Gate& gate, const Chip& chip, int64_t batch, bool matrix = false) {
   Call<Bf16> call{};
   call.shape.batch = batch;
   call.shape.channels = gate.channels;
@@ -43,8 +44,28 @@ Call<Bf16> call_of(const Gate& gate, const Chip& chip, int64_t batch) {
   call.x_view = call.dx_view = call.shape.contiguous(2 * gate.channels);
   call.z_view = call.dz_view = call.shape.contiguous(gate.channels);
   call.softmax = true;
+  call.table = &parameter, call.matrix = matrix ? &parameter : nullptr;
   plan(call, chip);
   return call;
+}
+
+// Large windows: all of the table is in shared memory, and x is read no more often than registers demand.
+template <Product kProduct>
+void check_rebuild(const Call<Bf16>& call, const Chip& chip, const TensorPlan& p, const std::string& where) {
+  const int64_t tokens = call.shape.window_tokens(), side = 2 * call.shape.window[2] - 1;
+  expect(p.rebuild, where + "P is made from the table");
+  expect(p.row_blocks == divide_up(divide_up(tokens, 32), kMostWarps), where + "as few blocks of rows as there can be");
+  expect(RebuiltMixing<Bf16>::bytes(call.shape, p) >= side * side * 4 + tokens * 12, where + "the table has its place");
+  TensorPlan streamed = p;
+  streamed.rebuild = false;
+  const int64_t rows_of_p = p.stages * TensorProductKernel<Bf16, kProduct>::p_elements(p) * 2;
+  expect(p.shared_bytes - RebuiltMixing<Bf16>::bytes(call.shape, p) ==
+             TensorProductKernel<Bf16, kProduct>::shared_bytes(call.shape, streamed) - rows_of_p,
+         where + "and P has none");
+  Call<Bf16> with_matrix = call;
+  with_matrix.matrix = &parameter;
+  const TensorPlan q = plan_product<Bf16, kProduct>(with_matrix, chip);
+  expect(!q.rebuild && q.shared_bytes > 0 && q.shared_bytes <= chip.shared_bytes, where + "a free matrix is streamed");
 }
 
 template <Product kProduct>
@@ -66,6 +87,8 @@ TensorPlan check_product(const Gate& gate, const Chip& chip, const char* product
   const bool roomy = chip.shared_bytes > 160 << 10, two = kProduct == Product::columns;
   if (tokens <= 196) expect(p.keep || (two && !roomy), where + "P stays in shared memory");
   if (tokens == 196) expect(p.row_blocks <= (roomy && !two ? 1 : 2), where + "x is read no more often than it must");
+  expect(p.rebuild == !p.keep, where + "P that does not stay is made from the table");
+  if (tokens > 196) check_rebuild<kProduct>(call, chip, p, where);
   return p;
 }
 
@@ -91,13 +114,19 @@ void check_outer(const Gate& gate, const Chip& chip) {
 }
 
 void check_workspace(const Gate& gate, const Chip& chip) {
-  Call<Bf16> call = call_of(gate, chip, 128);
   const std::string where = std::string(gate.name) + ", workspace, sm_" + std::to_string(chip.architecture) + ": ";
-  const int64_t n = call.shape.window_tokens(), p_bytes = call.class_count * gate.groups * call.side * call.side * 2;
-  const int64_t x_bytes = 128 * gate.map * gate.map * 2 * gate.channels * 2;
-  expect(lay_out(call, false, false, nullptr) >= p_bytes, where + "holds P");
-  expect(lay_out(call, false, false, nullptr) <= p_bytes + 4096, where + "forward holds nothing else");
-  const int64_t backward = lay_out(call, true, true, nullptr);
+  for (const bool matrix : {false, true}) {
+    Call<Bf16> call = call_of(gate, chip, 128, matrix);
+    const int64_t rows = call.class_count * gate.groups, p_bytes = rows * call.side * call.side * 2;
+    const bool stored = matrix || call.shape.window_tokens() <= 196;
+    const int64_t statistics = stored ? 0 : 2 * rows * call.shape.window_tokens() * 4;
+    const int64_t least = stored ? p_bytes : statistics;
+    const int64_t bytes = lay_out(call, chip, false, false, nullptr);
+    expect(bytes >= least && bytes <= least + 4096, where + "P, or the statistics of its rows, and nothing else");
+  }
+  Call<Bf16> call = call_of(gate, chip, 128);
+  const int64_t n = call.shape.window_tokens(), x_bytes = 128 * gate.map * gate.map * 2 * gate.channels * 2;
+  const int64_t backward = lay_out(call, chip, true, true, nullptr);
   const int64_t partial = call.class_count * gate.groups * n * n * 4;
   expect(backward <= 2 * x_bytes || call.splits == 1, where + "partial sums are small beside x, or single");
   expect(partial * call.splits <= kMostPartialBytes || call.splits == 1, where + "partial sums are bounded");
@@ -108,12 +137,13 @@ void check_workspace(const Gate& gate, const Chip& chip) {
 }
 
 void print_table() {
-  std::printf("gate|chip|rows x blocks|P stays|stages|copies, bytes|shared memory, KB\n");
+  std::printf("gate|chip|rows x blocks|P is|stages|copies, bytes|shared memory, KB\n");
   for (const Gate& gate : kGates)
     for (const Chip& chip : kChips) {
       const TensorPlan p = plan_product<Bf16, Product::gate>(call_of(gate, chip, 128), chip);
       std::printf("%s|sm_%d|%d x %d|%s|%d|%d|%lld\n", gate.name, chip.architecture, p.warps * 32, p.row_blocks,
-                  p.keep ? "yes" : "no", p.stages, 2 * p.piece, (long long)(p.shared_bytes + 1023) / 1024);
+                  p.keep ? "kept" : p.rebuild ? "made" : "streamed", p.stages, 2 * p.piece,
+                  (long long)(p.shared_bytes + 1023) / 1024);
     }
 }
 

@@ -107,6 +107,39 @@ except NotImplementedError as error:
     assert lines[-1].startswith(f"backend 'cpu' cannot run this pos_gate: {reason}")
 
 
+def test_a_torch_without_cuda_loads_no_cuda_library():
+    """Built or not: the CUDA part would not load there, so it is not tried, and one line says why."""
+    out = python("""
+        import sys, torch
+        torch.version.cuda = None
+        import posmlp_kernels as p
+        assert "posmlp_kernels._C_cuda" not in sys.modules and "cuda" not in p.backends()
+        print(p.explain())
+    """)
+    assert "cuda       no: this torch has no CUDA\n" in out
+
+
+def test_setup_builds_the_cuda_library_beside_a_torch_without_cuda(tmp_path):
+    """`build_ext` as it is but for the compilers: torch's own check of CUDA must not stop either library."""
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text('#!/bin/sh\necho "nvcc ran: $*"\n')
+    nvcc.chmod(0o755)
+    out = python(f"""
+        import os, runpy, sys
+        from torch.utils import cpp_extension
+        cpp_extension.CUDA_HOME = None
+        cpp_extension.BuildExtension.build_extension = lambda self, extension: print("built", extension.name)
+        os.environ |= {{"PATH": {str(tmp_path)!r} + ":" + os.environ["PATH"], "TORCH_CUDA_ARCH_LIST": "8.0"}}
+        for name in ("CUDA_HOME", "POSMLP_SKIP_CPU", "POSMLP_SKIP_CUDA"):
+            os.environ.pop(name, None)
+        sys.argv = ["setup.py", "build_ext", "--build-lib", {str(tmp_path)!r}]
+        runpy.run_path("setup.py", run_name="__main__")
+    """)
+    assert "built posmlp_kernels._C\n" in out
+    (command,) = [line for line in out.splitlines() if line.startswith("nvcc ran: ")]
+    assert "arch=compute_80" in command and f"-o {tmp_path}/posmlp_kernels/_C_cuda" in command
+
+
 def test_the_slow_choice_is_announced():
     """A user without the compiled part is told once, on the first call."""
     out = python(
