@@ -1,11 +1,15 @@
-"""What a user would write instead of the operator, at its best in plain PyTorch."""
+"""What a user would write instead of the operator, at its best in plain PyTorch; and no operator at all."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import Any, TypeVar
 
-from posmlp_kernels import mixing_matrix
+import torch
+from torch import Tensor, nn
+
+from posmlp_kernels import PosSGU, mixing_matrix
+
+M = TypeVar("M", bound=nn.Module)
 
 _NEGLIGIBLE = (
     1e-30  # weights that no sum can see; as subnormals they would slow the product down several times
@@ -34,3 +38,42 @@ def gate(x: Tensor, weights: Tensor, bias: Tensor, window: int) -> Tensor:
     mixed = mixed.view(groups, window, window, batch, rows, columns, -1)
     mixed = mixed.permute(3, 4, 1, 5, 2, 0, 6)
     return mixed.reshape(batch, height, width, channels // 2) * factor
+
+
+class FreeGate(nn.Module):
+    """Takes a gate's place and no time: `[..., 2C] -> [..., C]`, zeros made once, as are its gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.zeros: dict[tuple[int, ...], Tensor] = {}
+
+    @classmethod
+    def replace_gates(cls, model: M) -> M:
+        """The model itself, every `PosSGU` in it replaced."""
+        for module in list(model.modules()):
+            for name, child in module.named_children():
+                if isinstance(child, PosSGU):
+                    free = cls()
+                    free.dim = child.dim
+                    setattr(module, name, free)
+        return model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _Free.apply(x, self.zeros)
+
+
+class _Free(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, zeros: dict[tuple[int, ...], Tensor]) -> Tensor:
+        ctx.zeros, ctx.shape = zeros, tuple(x.shape)
+        return _zeros_like(x, zeros, (*x.shape[:-1], x.shape[-1] // 2))
+
+    @staticmethod
+    def backward(ctx: Any, dz: Tensor) -> tuple[Tensor, None]:
+        return _zeros_like(dz, ctx.zeros, ctx.shape), None
+
+
+def _zeros_like(x: Tensor, zeros: dict[tuple[int, ...], Tensor], shape: tuple[int, ...]) -> Tensor:
+    if shape not in zeros:
+        zeros[shape] = x.new_zeros(shape)
+    return zeros[shape].detach()

@@ -30,13 +30,14 @@ from posmlp.original_style import OriginalStylePosMLP
 from posmlp_kernels import use_backend
 
 from .attempts import Attempts
+from .baselines import FreeGate
 from .device import built_and_weighed
-from .targets import ORIGINAL, OURS, RIVALS, model_targets, show
+from .targets import GATELESS, ORIGINAL, OURS, RIVALS, model_targets, show
 from .timing import Ceilings, machine, peak_memory, race, summary, version, write
 
 T = TypeVar("T")
 
-NAMES = (OURS, *RIVALS, "gmlp_s16_224", ORIGINAL)
+NAMES = (OURS, *RIVALS, "gmlp_s16_224", ORIGINAL, GATELESS)
 SIZES = ("posmlp_small", "posmlp_base")
 _TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}  # of the largest entry
 
@@ -59,9 +60,11 @@ class Setting:
 def build(name: str, setting: Setting) -> nn.Module:
     """A model with random weights, the same on every call."""
     torch.manual_seed(0)
-    if name == ORIGINAL or name.startswith("posmlp_"):
-        model = create_model(OURS if name == ORIGINAL else name)
-        model = OriginalStylePosMLP.like(model) if name == ORIGINAL else model
+    if name in (ORIGINAL, GATELESS):
+        model = create_model(OURS)
+        model = OriginalStylePosMLP.like(model) if name == ORIGINAL else FreeGate.replace_gates(model)
+    elif name.startswith("posmlp_"):
+        model = create_model(name)
     else:
         # No random depth, which ours has only on request, so that losses can be compared.
         model = optional("timm", "models").create_model(name, drop_path_rate=0.0)
@@ -178,6 +181,8 @@ def main(arguments: list[str] | None = None) -> None:
         print("timm cannot be imported: its models are left out")
     names = [name for name in given.models if timm or name == ORIGINAL or name.startswith("posmlp_")]
     compiled = [name for name in names if given.compile is None or name in given.compile]
+    if GATELESS in compiled:  # it is there to say what eager layers take
+        compiled.remove(GATELESS)
     deadline, dtype = time.monotonic() + given.limit, getattr(torch, given.dtype)
     results = {
         "machine": machine(given.device),

@@ -19,6 +19,7 @@ from benchmarks.attempts import Attempts
 from benchmarks.gate_cases import DIRECTIONS, FORWARD, SUITES, SWEEPS, Gate
 from benchmarks.gate_contenders import Contender, Settings, Truth, contender, names
 from benchmarks.plots import draw
+from posmlp_kernels import PosSGU
 
 CPU = torch.device("cpu")
 SETTINGS = Settings(CPU)
@@ -205,11 +206,25 @@ def test_targets_of_a_gate():
     assert (faster.value, faster.holds) == (pytest.approx(5), False)
     assert (gelu.value, gelu.holds) == (pytest.approx(10), True)
     assert "eager GELU alone: 200 %" in gelu.what
-    assert (share.products, faster.products, gelu.products) == (pytest.approx(2), pytest.approx(12.5), None)
+    assert (share.best, faster.best, gelu.best) == (pytest.approx(2), pytest.approx(12.5), None)
     copied = row | {"case": "stage 4", "bytes": 6e7}
     assert targets.gate_targets(CPU_RUN | {"rows": [copied]})[0].value == pytest.approx(0.01 / 0.006)
     assert "5.0 if caches hold them" in targets.gate_targets(CPU_RUN | {"rows": [copied]})[0].what
     assert targets.gate_targets({"device": "cpu", "dtype": "bfloat16", "rows": [row]}) == []
+
+
+def test_gates_for_free():
+    """What is measured in their place is the model without them, forward and backward."""
+    model = bench_models.build(
+        targets.GATELESS, bench_models.Setting(True, 2, 64, torch.device("cpu"), torch.float32)
+    )
+    assert not any(isinstance(m, PosSGU) for m in model.modules())
+    gate = model.levels[0].blocks[0].gate
+    x = torch.randn(2, 3, 3, gate.dim, requires_grad=True)
+    z = gate(x)
+    assert z.shape == (2, 3, 3, gate.dim // 2) and not z.any()
+    assert gate(x).data_ptr() == z.data_ptr()
+    assert not torch.autograd.grad(z.sum(), x)[0].any()
 
 
 def test_targets_of_models():
@@ -224,11 +239,14 @@ def test_targets_of_models():
         "memory": {targets.OURS: 6, targets.ORIGINAL: 8},
     }
     eager, compiled, faster, memory = targets.model_targets(CPU_RUN | {"rows": [row]})
-    assert (eager.value, eager.bound, eager.products) == (0.75, 0.85, 5 / 8)
-    assert eager.cells_with_products()[2:] == ("at most 0.85", "0.62", "yes")
+    assert (eager.value, eager.bound, eager.best) == (0.75, 0.85, 5 / 8)
+    assert eager.cells_with_best()[2:] == ("at most 0.85", "0.62", "yes")
     assert (compiled.value, compiled.bound) == (6 / 7, 0.95)
-    assert (faster.value, faster.bound, faster.products, faster.holds) == (2.5, 2.2, 3, True)
+    assert (faster.value, faster.bound, faster.best, faster.holds) == (2.5, 2.2, 3, True)
     assert (memory.value, memory.bound, memory.holds) == (0.75, 0.6, False)
+    row["times"][targets.GATELESS] = {"median": 4}
+    eager, _, faster, _ = targets.model_targets(CPU_RUN | {"rows": [row]})
+    assert (eager.best, faster.best) == (0.5, 3.75)
     del row["times"][targets.OURS]
     assert targets.model_targets(CPU_RUN | {"rows": [row]}) == []
 
