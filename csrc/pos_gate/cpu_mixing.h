@@ -47,7 +47,7 @@ class Mixing {
   // double, where their order does not show.
   void add_gradient(int64_t part, const A* dp, int64_t ld) {
     const int64_t size = shape_.table_size();
-    make_room(b_.sums, call_.dtable_parts ? size : 0);
+    b_.sums.assign((call_.dtable_parts ? size : 0) + 2 * kDoubles, 0.);
     if (factored_)
       for (int64_t i = 0; i < window_->tokens; ++i) add_factored_row(i, dp + i * ld);
     else
@@ -67,8 +67,11 @@ class Mixing {
   static const A* at_group(const void* parameter, int64_t group, int64_t size) {
     return parameter ? static_cast<const A*>(parameter) + group * size : nullptr;
   }
-  // `count` values, with room for a vector to stick out.
-  static void make_room(std::vector<double>& values, int64_t count) { values.assign(count + 2 * kDoubles, 0.); }
+  // `count` values, with room for a vector to stick out: zeros.
+  static void make_room(std::vector<double>& values, int64_t count) {
+    values.resize(count + 2 * kDoubles);
+    std::fill(values.begin() + count, values.end(), 0.);
+  }
 
   // ---- the table ----
 
@@ -123,34 +126,36 @@ class Mixing {
     }
     sum_boxes();
     for (int64_t i = 0; i < tokens; ++i) {
-      if (!(b_.sums[i] >= kEnough)) return false;
-      b_.scale[i] = 1 / b_.sums[i];
+      const double sum = b_.sums[centre_ + window_->place[0] - window_->place[i]];
+      if (!(sum >= kEnough)) return false;
+      b_.scale[i] = 1 / sum;
     }
     return true;
   }
 
-  // The sum of each query's weights into `sums`: its keys are a box of the table, so a dimension at a time will do.
+  // The sum of each query's weights into `sums`, where its first key's entry is: its keys are a box of the table.
   void sum_boxes() {
-    const int64_t *box = window_->cls.box, *size = shape_.window;
-    int64_t before = 1, after = shape_.table_size();
-    b_.sums.assign(b_.weight.begin(), b_.weight.begin() + after);
-    for (int d = 0; d < kRank; ++d) {
-      const int64_t entries = 2 * size[d] - 1;
-      after /= entries;
-      b_.row.assign(before * box[d] * after, 0.);
-      for (int64_t a = 0; a < before; ++a)
-        for (int64_t key = 0; key < box[d]; ++key) {  // innermost runs what is long: the queries of the last dimension
-          const double* from = &b_.sums[(a * entries + size[d] - 1 + key) * after];
-          double* to = &b_.row[a * box[d] * after];
-          if (after == 1)
-            for (int64_t query = 0; query < box[d]; ++query) to[query] += from[-query];
-          else
-            for (int64_t query = 0; query < box[d]; ++query)
-              for (int64_t c = 0; c < after; ++c) to[query * after + c] += from[c - query * after];
-        }
-      before *= box[d];
-      b_.sums.swap(b_.row);
+    const View table = shape_.table_view();
+    b_.sums = b_.weight;
+    for (int d = 0; d < kRank; ++d) sum_runs(window_->cls.box[d], table.map[d]);
+  }
+
+  // Each of `sums` becomes the sum of `count` from there on, `stride` apart, made of sums of two, of four and so on.
+  void sum_runs(int64_t count, int64_t stride) {
+    make_room(b_.row, shape_.table_size());
+    std::fill(b_.row.begin(), b_.row.end(), 0.);
+    for (int64_t run = 1, done = 0; done < count; run *= 2) {
+      if (count & run) {
+        add_shifted(b_.row, b_.sums, done * stride);
+        done += run;
+      }
+      if (done < count) add_shifted(b_.sums, b_.sums, run * stride);
     }
+    b_.sums.swap(b_.row);
+  }
+  void add_shifted(std::vector<double>& to, const std::vector<double>& from, int64_t shift) const {
+    for (int64_t e = 0; e + shift < shape_.table_size(); e += kDoubles)
+      store(&to[e], load<double>(&to[e]) + load<double>(&from[e + shift]));
   }
 
   // ---- packing ----
@@ -177,6 +182,7 @@ class Mixing {
     const int64_t size = shape_.table_size(), shared = round_up(size, kDoubles) + kDoubles;
     make_room(b_.entries, 1 + size);
     double* entries = b_.entries.data() + 1;  // behind a zero
+    entries[-1] = 0;
     if (kRows)
       std::reverse_copy(&b_.weight[0], &b_.weight[size], entries);
     else
