@@ -100,13 +100,16 @@ struct Packed {
   int32_t count = 0;
 
   int64_t tiles() const { return int64_t(begin.size()) - 1; }
-  void clear(int64_t most_runs) {
+  void clear() {
     begin.assign(1, 0);
-    if (int64_t(runs.size()) < most_runs) runs.resize(most_runs);
     weights.clear();
     count = 0;
   }
-  void add(const Run& run) { runs[count++] = run; }
+  void add(const Run& run) {
+    if (size_t(count) == runs.size()) runs.resize(2 * runs.size() + 64);
+    runs[count++] = run;
+  }
+  size_t bytes() const { return weights.size() * sizeof(E) + runs.size() * sizeof(Run); }
   Run* last_of_tile() { return count > begin.back() ? &runs[count - 1] : nullptr; }
   void end_tile() {  // which has a run at least
     if (!last_of_tile()) {

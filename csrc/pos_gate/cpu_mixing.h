@@ -4,8 +4,8 @@
 // centre + place(j) - place(i). Without a free matrix, P(i, j) = weight(entry) * scale(i): weight is the table itself, or
 // e^(R - max R) with scale one over the row's sum under softmax. One exponential per table entry serves all N rows; that
 // few can be had in double, and must: an error in one would be the same in every row, and gradients of the table, which
-// sum over rows, would not average it out. P is never stored then: the product by rows reads its weights straight from the
-// table, and its results are scaled; the transpose, whose scale goes with what is summed over, is packed from it.
+// sum over rows, would not average it out. P is never stored then: products read their weights straight from the table. The
+// results of a product by rows are scaled; the transpose, whose scale goes with what is summed over, is given scaled rows.
 // With a free matrix, or where a row's keys all lie so far from the table's maximum that nothing is left of them, P is
 // `dense`, each row about its own maximum.
 //
@@ -163,7 +163,7 @@ class Mixing {
   template <bool kRows>
   void pack(Packed<E>& packed) {
     const int64_t tokens = window_->tokens, *place = window_->place.data();
-    packed.clear(divide_up(tokens, kTileRows) * divide_up(tokens, kDepth));
+    packed.clear();
     if (shared_) share_table<kRows>(packed);
     for (int64_t first = 0; first < tokens; first += kTileRows) {
       const int64_t rows = std::min<int64_t>(kTileRows, tokens - first), last = first + rows - 1;
@@ -256,7 +256,9 @@ class Mixing {
     if (!counts) return;
     const int64_t at = int64_t(packed.weights.size());
     packed.weights.insert(packed.weights.end(), weights, weights + kTileRows);
-    if (run && run->stride == kTileRows && run->at + run->count * kTileRows == at && run->row + run->count * kPanelOf<A> == row)
+    const bool follows = run && run->stride == kTileRows && run->at + run->count * kTileRows == at &&
+                         run->row + run->count * kPanelOf<A> == row;
+    if (follows)
       ++run->count;
     else
       packed.add({at, row, 1, kTileRows});

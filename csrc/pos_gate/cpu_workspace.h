@@ -25,9 +25,9 @@ struct Workspace {
   }
   void release_if_large() {
     constexpr size_t kKeptBytes = size_t(64) << 20;
-    size_t numbers = storage.size() + mixing.dense.size() + operands.size();
-    for (const auto& group : groups) numbers += group.rows.weights.size() + group.columns.weights.size();
-    if (numbers * sizeof(A) > kKeptBytes) *this = Workspace();
+    size_t bytes = (storage.size() + mixing.dense.size() + operands.size()) * sizeof(A);
+    for (const auto& group : groups) bytes += group.rows.bytes() + group.columns.bytes();
+    if (bytes > kKeptBytes) *this = Workspace();
   }
 };
 
