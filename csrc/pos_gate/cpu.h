@@ -7,10 +7,10 @@ namespace posmlp::cpu {
 
 enum class Storage { float32, float64, bfloat16, float16 };
 
-// Whether a thread has room to keep P of all groups during a forward, packed without any structure.
+// Whether each thread has room to keep P of all groups during a forward, even without any structure.
 inline bool keeps_groups(const Shape& shape) {
-  constexpr int64_t kRoom = 64 << 20;
-  return shape.window_tokens() * shape.window_tokens() * int64_t(sizeof(double)) * shape.groups <= kRoom;
+  constexpr int64_t kMostNumbers = 2 << 20;
+  return shape.window_tokens() <= kMostNumbers / shape.groups / shape.window_tokens();
 }
 
 // One forward or backward call. Pointers to x, z, dz, dx hold the storage type; everything else is in the accumulation

@@ -142,8 +142,8 @@ class Mixing {
 
   // Each of `sums` becomes the sum of `count` from there on, `stride` apart, made of sums of two, of four and so on.
   void sum_runs(int64_t count, int64_t stride) {
-    make_room(b_.row, shape_.table_size());
-    std::fill(b_.row.begin(), b_.row.end(), 0.);
+    if (count == 1) return;
+    b_.row.assign(b_.sums.size(), 0.);
     for (int64_t run = 1, done = 0; done < count; run *= 2) {
       if (count & run) {
         add_shifted(b_.row, b_.sums, done * stride);
@@ -363,5 +363,5 @@ class Mixing {
   const A* table_ = nullptr;  // of the group at hand
   int64_t centre_ = 0;
   double negligible_ = 0;
-  bool factored_ = false, shared_ = false;  // shared: rows are packed without their scale
+  bool factored_ = false, shared_ = false;  // shared: tiles read the table, and P's rows lack their scales
 };

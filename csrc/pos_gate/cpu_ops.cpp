@@ -13,9 +13,9 @@
 namespace posmlp::cpu {
 namespace {
 
-constexpr int64_t kUnits = 64;         // of a backward: enough to keep many cores busy
-constexpr int64_t kFewColumns = 384;   // the fewest for which packing P costs little beside its use
-constexpr int64_t kPanelColumns = 48;  // the widest panel's
+constexpr int64_t kUnits = 64;             // of a backward: enough to keep many cores busy
+constexpr int64_t kFewColumns = 384;       // the fewest for which packing P costs little beside its use
+constexpr int64_t kPanelColumns = 48;      // the widest panel's
 constexpr int64_t kNearBytes = 256 << 10;  // of x: a share that the second-level cache holds
 constexpr int64_t kNormBlocks = 64;
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import Layout, by_pairs, device_of, over_backends, slow_to_start
 
-from posmlp_kernels import explain, pos_gate
+from posmlp_kernels import backends, explain, pos_gate
 
 
 # The same problems in every run; no deadline, because the machine may be busy.
@@ -116,3 +117,17 @@ def test_explain_agrees_with_what_runs(problem):
     text = explain(**arguments)
     assert text.count("<- runs") == 1
     assert "reference  yes" in text
+
+
+@pytest.mark.skipif("cpu" not in backends(), reason="the cpu back end was not built")
+@pytest.mark.parametrize("softmax", [True, False])
+@pytest.mark.parametrize(("window", "groups", "depth"), [(1024, 3, 100), (128, 4, 60)])
+def test_groups_that_are_met_again_in_every_share(window, groups, depth, softmax):
+    """A thread keeps P of every group, or makes it anew if there is no room: the same bits either way."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(8, 2 * window + 5, 2 * groups * depth, generator=generator, dtype=torch.float64)
+    table = torch.randn(groups, 2 * window - 1, generator=generator, dtype=torch.float64)
+    gate = partial(pos_gate, table=table, window=window, softmax=softmax)
+    alone = gate(x[5:6], backend="cpu")
+    assert torch.equal(gate(x, backend="cpu")[5:6], alone)
+    torch.testing.assert_close(alone, gate(x[5:6], backend="reference"))
