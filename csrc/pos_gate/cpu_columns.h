@@ -81,7 +81,7 @@ class Wanted {
       ++at_;
     }
   }
-  void ask_for_the_rest() {
+  __attribute__((noinline)) void ask_for_the_rest() {
     for (; at_ < lines_.size(); ++at_, token_ = first_)
       for (const Line& line = lines_[at_]; token_ < last_; ++token_)
         __builtin_prefetch(line.first + line.offset[token_] * line.size);

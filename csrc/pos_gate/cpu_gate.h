@@ -41,8 +41,7 @@ class Gate {
     take(allot, {{&x1_, ld_ * kPanel}, {&y_, kTile}, {&done_, kTile}});
     Allotment<E> operands(workspace_.operands, kIsPaired ? ld_ / 2 * kPanel : 0, 1);
     take(operands, {{&factor_, kIsPaired ? ld_ / 2 * kPanel : 0}});
-    const size_t kept = keeps_groups(shape_) ? shape_.groups : 1;
-    if (workspace_.groups.size() < kept) workspace_.groups.resize(kept);
+    if (int64_t(workspace_.groups.size()) < kept_groups()) workspace_.groups.resize(kept_groups());
     for (auto& group : workspace_.groups) group.window = nullptr;
     for (const Window& window : windows_) {
       gather_bias(window);
@@ -188,8 +187,9 @@ class Gate {
 
   // P of the panel's group, for the windows at hand. A forward comes back to a group with every share of the columns and
   // keeps what it made.
+  int64_t kept_groups() const { return call_.splits > 1 && keeps_groups(shape_) ? shape_.groups : 1; }
   void find_group(const Window& window) {
-    group_ = &workspace_.groups[keeps_groups(shape_) ? panel_.group : 0];
+    group_ = &workspace_.groups[kept_groups() > 1 ? panel_.group : 0];
     if (group_->window == &window && group_->group == panel_.group) return;
     prepare_group(window, panel_.group);
   }
@@ -250,9 +250,11 @@ class Gate {
   template <class Finish>
   void multiply_panel(const Window& window, const Packed<E>& weights, const A* panel, Finish&& finish) {
     const E* factor = operands_of_rows<E>(panel, window.tokens, kPanel, factor_);
+    const auto kernel = multiply_for<A, E>(panel_.columns);
     for_each_tile(window, [&](int64_t tile, int64_t from, int64_t to) {
       wanted_.of_tokens(from, to);
-      multiply(weights, tile, factor, divide_up(panel_.columns, kLanes), y_, wanted_);
+      multiply(kernel, weights, tile, factor, y_, wanted_);
+      wanted_.ask_for_the_rest();
       if (tile > 0)
         for (const Piece& piece : panel_.pieces) finish(piece, from - kTileRows, from);
       std::swap(y_, done_);

@@ -3,7 +3,7 @@
 // A tile of kTileRows x (kTileVectors vectors) of the result stays in registers while the sum runs: per step it loads
 // kTileVectors vectors, broadcasts kTileRows values, and issues their product of fused multiply-adds. With AVX-512 that
 // is 7 x 3: 21 accumulators, 10 loads for 21 multiply-adds, and neither windows of 7 and 14 nor groups of 12, 24, 32 or
-// 48 channels leave a remainder. Sums run in order, so results do not depend on how the work is cut.
+// 48 channels leave a remainder. A sum's order is that of its steps, so results do not depend on how the work is cut.
 //
 // What is multiplied are numbers of the accumulation type or, where the processor multiplies bfloat16, pairs of it: two
 // numbers that follow each other in the sum, here called a step, in the place of one.
@@ -83,7 +83,9 @@ inline void store_operands(E* to, DoubleVec first, DoubleVec second) {
     store_pairs(to, first, second);
 }
 
-// Steps of a tile that follow each other: the panel's from `row` on, with kTileRows weights each, `stride` apart.
+constexpr int32_t kMostSteps = 256;  // that are summed in one go
+
+// Steps of a tile that follow each other, at most kMostSteps: the panel's from `row` on, with kTileRows weights each, `stride` apart.
 struct Run {
   int64_t at;            // where `weights` has the first step's
   int32_t row;           // first step * kPanel: where the multiplied panel has it
@@ -98,39 +100,50 @@ struct Packed {
   std::vector<Run> runs;       // with room for more: `count` of them
   std::vector<E> weights;      // those that runs share, then kTileRows for each step that shares none
   int32_t count = 0;
+  int64_t most_steps = 0;  // of a tile
 
   int64_t tiles() const { return int64_t(begin.size()) - 1; }
   void clear() {
     begin.assign(1, 0);
     weights.clear();
     count = 0;
+    most_steps = 0;
   }
-  void add(const Run& run) {
+  void add(int64_t at, int64_t row, int64_t steps, int64_t stride) {
     if (size_t(count) == runs.size()) runs.resize(2 * runs.size() + 64);
-    runs[count++] = run;
+    Run& run = runs[count++];  // filled in place: a copy would wait for the single stores
+    run.at = at;
+    run.row = int32_t(row);
+    run.count = int32_t(steps);
+    run.stride = int32_t(stride);
   }
   size_t bytes() const { return weights.size() * sizeof(E) + runs.size() * sizeof(Run); }
   Run* last_of_tile() { return count > begin.back() ? &runs[count - 1] : nullptr; }
   void end_tile() {  // which has a run at least
     if (!last_of_tile()) {
-      add({int64_t(weights.size()), 0, 1, 0});
+      add(int64_t(weights.size()), 0, 1, 0);
       weights.insert(weights.end(), kTileRows, E{});
     }
+    int64_t steps = 0;
+    for (int32_t run = begin.back(); run < count; ++run) steps += runs[run].count;
+    most_steps = std::max(most_steps, steps);
     begin.push_back(count);
   }
 };
 
-// to[r, :] = sum over the tile's steps of weight[r] * from[row, :]; both have rows of kPanel. Meanwhile the wanted cache
-// lines are asked for.
-template <class A, class E, int kVectors>
-__attribute__((noinline)) void multiply_tile(const Packed<E>& packed, int64_t tile, const E* from, A* to,
+// to[r, :] = sum over the steps of some runs of weight[r] * from[row, :]; both have rows of kPanel, of which kVectors
+// vectors count and, if kHalf, half of the next. Meanwhile the wanted cache lines are asked for.
+template <class A, class E, int kVectors, bool kHalf>
+__attribute__((noinline)) void multiply_tile(const Run* run, const Run* last, const E* all_weights, const E* from, A* to,
                                              Wanted& wanted) {
   constexpr int kLanes = VectorOf<A>::kLanes, kPanel = kTileVectors * kLanes;
   Vec<A> sums[kTileRows][kVectors];
-  for (int r = 0; r < kTileRows; ++r)
+  Vec<A, kLanes / 2> halves[kTileRows];
+  for (int r = 0; r < kTileRows; ++r) {
     for (int v = 0; v < kVectors; ++v) sums[r][v] = Vec<A>{};
-  const Run *run = packed.runs.data() + packed.begin[tile], *const last = packed.runs.data() + packed.begin[tile + 1] - 1;
-  const E *operands = from + run->row, *weights = packed.weights.data() + run->at;
+    if (kHalf) halves[r] = Vec<A, kLanes / 2>{};
+  }
+  const E *operands = from + run->row, *weights = all_weights + run->at;
   int32_t steps = run->count;
   while (true) {
     wanted.ask();
@@ -138,28 +151,58 @@ __attribute__((noinline)) void multiply_tile(const Packed<E>& packed, int64_t ti
     for (int v = 0; v < kVectors; ++v) vectors[v] = Operands<E>(operands + v * kLanes);
     for (int r = 0; r < kTileRows; ++r)
       for (int v = 0; v < kVectors; ++v) sums[r][v] = vectors[v].times(weights[r], sums[r][v]);
+    if constexpr (kHalf) {
+      const auto half = load<E, kLanes / 2>(operands + kVectors * kLanes);
+      for (int r = 0; r < kTileRows; ++r) halves[r] += weights[r] * half;
+    }
     operands += kPanel;
     weights += run->stride;
     if (--steps > 0) continue;
     if (run == last) break;
     ++run;
     operands = from + run->row;
-    weights = packed.weights.data() + run->at;
+    weights = all_weights + run->at;
     steps = run->count;
   }
-  for (int r = 0; r < kTileRows; ++r)
-    for (int v = 0; v < kVectors; ++v) store(to + r * kPanel + v * kLanes, sums[r][v]);
-  wanted.ask_for_the_rest();
+  for (int r = 0; r < kTileRows; ++r, to += kPanel) {
+    for (int v = 0; v < kVectors; ++v) store(to + v * kLanes, sums[r][v]);
+    if (kHalf) store(to + kVectors * kLanes, halves[r]);
+  }
 }
 
+// That for as many vectors as the columns take. Half a vector is half the work where AVX-512 is done in halves.
 template <class A, class E>
-inline void multiply(const Packed<E>& packed, int64_t tile, const E* from, int64_t vectors, A* to,
-                     Wanted& wanted) {
-  if (vectors == 3) return multiply_tile<A, E, 3>(packed, tile, from, to, wanted);
-  if (vectors == 2) return multiply_tile<A, E, 2>(packed, tile, from, to, wanted);
-  return multiply_tile<A, E, 1>(packed, tile, from, to, wanted);
+using Multiply = void (*)(const Run*, const Run*, const E*, const E*, A*, Wanted&);
+template <class A, class E>
+inline Multiply<A, E> multiply_for(int64_t columns) {
+  constexpr int64_t kLanes = VectorOf<A>::kLanes;
+  constexpr bool kHalves = kVectorBytes == 64 && kDepthOf<E> == 1;
+  const int64_t vectors = divide_up(columns, kLanes);
+  const bool half = kHalves && (columns - 1) % kLanes < kLanes / 2;
+  if (vectors == 3) return half ? multiply_tile<A, E, 2, kHalves> : multiply_tile<A, E, 3, false>;
+  if (vectors == 2) return half ? multiply_tile<A, E, 1, kHalves> : multiply_tile<A, E, 2, false>;
+  return multiply_tile<A, E, 1, false>;
 }
 static_assert(kTileVectors == 3);
+
+// A tile of the product. Where a sum has many steps it is one of short sums, which rounds less than a long one.
+template <class A, class E>
+inline void multiply(Multiply<A, E> multiply_runs, const Packed<E>& packed, int64_t tile, const E* from, A* to,
+                     Wanted& wanted) {
+  const Run *run = &packed.runs[packed.begin[tile]], *const last = &packed.runs[packed.begin[tile + 1] - 1];
+  const E* weights = packed.weights.data();
+  if (packed.most_steps <= kMostSteps) return multiply_runs(run, last, weights, from, to, wanted);
+  constexpr int64_t kTile = kTileRows * kPanelOf<A>;
+  A sums[kTile] = {};
+  for (bool first = true; run <= last; first = false) {
+    const Run* const begin = run;
+    int64_t steps = run++->count;
+    while (run <= last && steps + run->count <= kMostSteps) steps += run++->count;
+    multiply_runs(begin, run - 1, weights, from, first ? to : sums, wanted);
+    if (!first)
+      for (int64_t i = 0; i < kTile; ++i) to[i] += sums[i];
+  }
+}
 
 // The outer product that is dP: to[r, at[v] + lane] += sum over columns c of left[r, c] * right[c, at[v] + lane].
 // left has rows of a panel's steps and `panels` panels `left_rows` rows apart; right has a row of ld for each step; to

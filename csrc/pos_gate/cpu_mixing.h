@@ -16,7 +16,7 @@
 // Kept from call to call by each thread, so that no pages are faulted in again.
 template <class A>
 struct MixingBuffers {
-  std::vector<double> weight, entries, peak, scale, row, sums;
+  std::vector<double> weight, entries, peak, row_peak, scale, row, sums;
   std::vector<A> dense;
 };
 
@@ -33,7 +33,8 @@ class Mixing {
     centre_ = shape_.table_size() / 2;
     negligible_ = call_.softmax ? epsilon_ / 128 / double(window.tokens) : 0;
     factored_ = table_ && !call_.matrix && weigh_table() && scale_rows();
-    shared_ = factored_ && *std::max_element(b_.scale.begin(), b_.scale.begin() + window.tokens) < kMostShared;
+    largest_scale_ = factored_ ? *std::max_element(b_.scale.begin(), b_.scale.begin() + window.tokens) : 1;
+    shared_ = factored_ && largest_scale_ < kMostShared;
     if (!factored_) build_dense(group);
   }
 
@@ -153,9 +154,10 @@ class Mixing {
     }
     b_.sums.swap(b_.row);
   }
-  void add_shifted(std::vector<double>& to, const std::vector<double>& from, int64_t shift) const {
-    for (int64_t e = 0; e + shift < shape_.table_size(); e += kDoubles)
-      store(&to[e], load<double>(&to[e]) + load<double>(&from[e + shift]));
+  static void add_shifted(std::vector<double>& to, const std::vector<double>& from, int64_t shift) {
+    double* const sums = to.data();
+    const double *added = from.data() + shift, *const end = from.data() + from.size() - 2 * kDoubles;
+    for (int64_t e = 0; added + e < end; e += kDoubles) store(sums + e, load<double>(sums + e) + load<double>(added + e));
   }
 
   // ---- packing ----
@@ -195,16 +197,20 @@ class Mixing {
 
   // The largest |entry| among the kTileRows from each one on.
   void find_peaks(const double* entries, int64_t size) {
-    const int64_t count = size + kDoubles;  // there is room for it
-    b_.peak.resize(count);
-    for (int64_t e = 0; e < count; ++e)  // NaN is to be seen
+    b_.peak.resize(size + kDoubles);  // there is room for it
+    for (size_t e = 0; e < b_.peak.size(); ++e)  // NaN is to be seen
       b_.peak[e] = entries[e] == entries[e] ? std::abs(entries[e]) : std::numeric_limits<double>::infinity();
-    // Of two entries, then of four and so on: runs may overlap.
-    for (int64_t run = 1; run < kTileRows;) {
-      const int64_t step = std::min<int64_t>(run, kTileRows - run);
-      for (int64_t e = 0; e + step < count; ++e)
-        b_.peak[e] = b_.peak[e + step] > b_.peak[e] ? b_.peak[e + step] : b_.peak[e];
-      run += step;
+    widen_peaks(b_.peak, 1, kTileRows);
+    b_.row_peak = b_.peak;
+    widen_peaks(b_.row_peak, kTileRows, kTileRows - 1 + window_->cls.box[2]);
+  }
+
+  // Each is the largest of `reach` entries from there on, and becomes the largest of `wanted`.
+  static void widen_peaks(std::vector<double>& peaks, int64_t reach, int64_t wanted) {
+    double* const peak = peaks.data();
+    for (int64_t step; reach < wanted; reach += step) {
+      step = std::min(reach, wanted - reach);  // runs may overlap
+      for (int64_t e = 0; e + step < int64_t(peaks.size()); ++e) peak[e] = std::max(peak[e], peak[e + step]);
     }
   }
 
@@ -213,11 +219,12 @@ class Mixing {
   template <bool kRows>
   void pack_shared(Packed<E>& packed, int64_t first) const {
     const int64_t *place = window_->place.data(), length = window_->cls.box[2], origin = centre_ + place[first];
-    const double *peak = b_.peak.data(), *scale = b_.scale.data();
-    const double largest = kRows ? *std::max_element(scale + first, scale + first + kTileRows) : 1;
+    const double *scale = b_.scale.data(), *peak = b_.peak.data(), *row_peak = b_.row_peak.data();
+    const double largest = kRows ? *std::max_element(scale + first, scale + first + kTileRows) : largest_scale_;
     const auto counts = [&](int64_t k) { return peak[origin - place[k]] * (kRows ? largest : scale[k]) > negligible_; };
     for (int64_t row = 0; row < window_->tokens; row += length) {
       int64_t from = row, to = row + length;
+      if (!(row_peak[origin - place[to - 1]] * largest > negligible_)) continue;
       while (from < to && !counts(from)) ++from;
       if (from == to) continue;
       while (!counts(to - 1)) --to;
@@ -225,8 +232,10 @@ class Mixing {
       int64_t step = from / kDepth, last = divide_up(to, kDepth);
       if (step < divide_up(row, kDepth)) add_step<kRows>(packed, first, kTileRows, step++);
       const int64_t inner = std::min(last, (row + length) / kDepth);
-      if (step < inner)
-        packed.add({origin - place[step * kDepth], int32_t(step * kPanelOf<A>), int32_t(inner - step), -kDepth});
+      for (int64_t count; step < inner; step += count) {
+        count = std::min<int64_t>(inner - step, kMostSteps);
+        packed.add(origin - place[step * kDepth], step * kPanelOf<A>, count, -kDepth);
+      }
       if (inner < last) add_step<kRows>(packed, first, kTileRows, inner);
     }
   }
@@ -256,12 +265,12 @@ class Mixing {
     if (!counts) return;
     const int64_t at = int64_t(packed.weights.size());
     packed.weights.insert(packed.weights.end(), weights, weights + kTileRows);
-    const bool follows = run && run->stride == kTileRows && run->at + run->count * kTileRows == at &&
+    const bool follows = run && run->stride == kTileRows && run->count < kMostSteps && run->at + run->count * kTileRows == at &&
                          run->row + run->count * kPanelOf<A> == row;
     if (follows)
       ++run->count;
     else
-      packed.add({at, row, 1, kTileRows});
+      packed.add(at, row, 1, kTileRows);
   }
 
   // Of P; where the table is shared, without the scale of its row.
@@ -362,6 +371,6 @@ class Mixing {
   const Window* window_ = nullptr;
   const A* table_ = nullptr;  // of the group at hand
   int64_t centre_ = 0;
-  double negligible_ = 0;
+  double negligible_ = 0, largest_scale_ = 1;
   bool factored_ = false, shared_ = false;  // shared: tiles read the table, and P's rows lack their scales
 };

@@ -29,8 +29,9 @@ struct Problem {
   std::vector<A> x, dz, table, matrix, bias, norm_weight, norm_bias;
 };
 
+// `long_line`: windows whose sums are taken in blocks.
 template <class A>
-Problem<A> random_problem() {
+Problem<A> random_problem(bool long_line = false) {
   Problem<A> p;
   Shape& s = p.shape;
   s.batch = pick(1, 3);
@@ -41,6 +42,13 @@ Problem<A> random_problem() {
     s.map[d] = pick(1, d == 0 ? 4 : long_rows ? 30 : 9);
     s.window[d] = pick(1, d == 0 ? 3 : long_rows ? 17 : 6);
     s.shift[d] = pick(0, s.window[d] - 1);
+  }
+  if (long_line) {
+    for (int d = 0; d < kRank; ++d) s.map[d] = s.window[d] = 1, s.shift[d] = 0;
+    s.map[2] = pick(250, 600);
+    s.window[2] = pick(250, 600);
+    s.shift[2] = pick(0, s.window[2] - 1);
+    s.channels = s.groups * pick(1, 9);
   }
   p.softmax = pick(0, 1);
   p.has_matrix = pick(0, 1);

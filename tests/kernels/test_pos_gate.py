@@ -9,6 +9,7 @@ import pytest
 import torch
 from support import (
     SAMPLE,
+    available,
     device_of,
     interpreted,
     over_backends,
@@ -22,6 +23,7 @@ from posmlp_kernels import gqpe_table, pos_gate
 from posmlp_kernels.testing import (
     CASES,
     PARAMETERS,
+    Case,
     assert_gate_no_worse,
     assert_no_worse,
     find_case,
@@ -43,6 +45,21 @@ def assert_case_no_worse(backend, case, dtype, parameter_dtype=None):
 def test_no_worse_than_eager(backend, case, dtype):
     skip_if_interpreter_lacks(backend, dtype)
     assert_case_no_worse(backend, case, dtype)
+
+
+@pytest.mark.skipif(not available("cpu"), reason="the cpu back end is not built")
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("long_line", "blocks of keys in a row", (1030,), (1024,), 2, 30, 2, False, "learned"),
+        Case("long_matrix", "weights side by side", (900,), (900,), 1, 48, 1, False, "none", "shared"),
+        Case("large_square", "blocks that end with rows", (32, 32), (32, 32), 2, 24, 1, False, "learned"),
+    ],
+    ids=lambda case: case.name,
+)
+def test_sums_over_many_keys(case):
+    """One long sum in float32 would be three times as far off as eager's, which are made of short ones."""
+    assert_case_no_worse("cpu", case, torch.float32)
 
 
 @over_cases()
