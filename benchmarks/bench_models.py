@@ -27,11 +27,12 @@ from posmlp import create_model
 from posmlp.cost import complexity
 from posmlp.data import optional
 from posmlp.original_style import OriginalStylePosMLP
-from posmlp_kernels import use_backend
+from posmlp_kernels import PosSGU, mixing_matrix, use_backend
 
 from .attempts import Attempts
 from .baselines import FreeGate
 from .device import built_and_weighed
+from .structure import kept
 from .targets import GATELESS, ORIGINAL, OURS, RIVALS, model_targets, show
 from .timing import Ceilings, machine, peak_memory, race, summary, version, write
 
@@ -78,6 +79,22 @@ def flops_of_ours(setting: Setting) -> int:
     costs = complexity(create_model(OURS), setting.size)
     macs = sum(cost.macs - cost.map_macs for cost in costs)
     return 2 * macs * setting.batch * (3 if setting.training else 1)
+
+
+def flops_of_gates(setting: Setting) -> float:
+    """Of the products in PosMLP-T's gates, where weights of P that cannot show are left out."""
+    model, flops = create_model(OURS).eval(), []
+
+    def record(gate: PosSGU, _: object, output: Tensor) -> None:
+        weights = mixing_matrix(gate.relative_table().double(), gate.window, gate.softmax)
+        flops.append(2.0 * output.numel() * weights.shape[-1] * kept(weights))
+
+    for module in model.modules():
+        if isinstance(module, PosSGU):
+            module.register_forward_hook(record)
+    with torch.no_grad():
+        model(torch.zeros(1, 3, setting.size, setting.size))
+    return sum(flops) * setting.batch * (4 if setting.training else 1)  # a backward makes P X1 again
 
 
 def work_of(name: str, setting: Setting, compiled: bool = False) -> Callable[[], Tensor]:
@@ -147,6 +164,7 @@ def measure(
         "what": str(setting),
         "batch": setting.batch,
         "flops": flops_of_ours(setting),
+        "gate_flops": flops_of_gates(setting),
         "times": {name: asdict(times[name]) for name in right if name in times},
         "ceilings": ceilings.rates(times) if times else {},
         "failures": attempts.failures,

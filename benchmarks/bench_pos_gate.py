@@ -60,7 +60,8 @@ def measure(case: Gate, direction: str, settings: Settings, effort: Effort, ceil
     if any(name.endswith(", gelu") for name in works):
         works |= yardsticks(case, direction, settings)
     times = attempts("race", race, works | ceilings.works, effort.seconds, effort.rounds, effort.burst) or {}
-    return {
+    row = {"kept_flops": case.flops(direction) * case.kept()} if settings.device.type == "cpu" else {}
+    return row | {
         "case": case.name,
         "direction": direction,
         "shape": asdict(case),

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from statistics import fmean
 
 import torch
 
-from posmlp_kernels import PosSGU
+from posmlp_kernels import PosSGU, mixing_matrix
+
+from .structure import kept
 
 FORWARD, BACKWARD, BOTH = DIRECTIONS = ("forward", "backward", "forward + backward")
 _PRODUCTS = {FORWARD: 1, BACKWARD: 3, BOTH: 4}  # a backward makes P X1 again, P^T dU and dU X1^T
@@ -45,6 +48,15 @@ class Gate:
         edges = [0, *range(self.window - self.shift, self.map, self.window), self.map]
         pairs = sum((end - start) ** 2 for start, end in pairwise(edges)) ** self.rank
         return 2.0 * self.batch * pairs * self.channels * _PRODUCTS[direction]
+
+    def kept(self) -> float:
+        """The part of P's weights that can show in a result."""
+        layer = self.layer()
+        if not layer.softmax:
+            return 1.0
+        with torch.no_grad():
+            groups = layer.relative_table().double().split(1)  # one after the other: P of all may be large
+        return fmean(kept(mixing_matrix(table, layer.window, softmax=True)) for table in groups)
 
     def elements(self, direction: str) -> int:
         """What must at least be read or written."""

@@ -1,9 +1,9 @@
 """What the package sets out to reach on a CPU in float32, and whether a run of the benchmarks shows it.
 
-Beside each quantity stands what it would be at best. For a gate: with all multiply-adds at the fastest
-product rate of the same run, and nothing else; a bound beyond that is out of the machine's reach, unless
-weights of P that cannot show are left out. For a model: with gates that take no time, measured in the same
-run, so that PyTorch's layers are all there is.
+Beside each quantity stands what it would be at best: a bound beyond it is out of the machine's reach. For a
+gate it is with all multiply-adds, but for weights of P that cannot show, at the fastest product rate of the
+same run, and nothing else. For a model: what it took in the same run with gates that take no time, so that
+PyTorch's layers are all there is, and the gates' multiply-adds at that rate.
 """
 
 from __future__ import annotations
@@ -52,7 +52,11 @@ def at_most(what: str, value: float, bound: float, best: float | None = None) ->
 
 def time_of_products(row: dict) -> float:
     """Seconds that a row's multiply-adds take at the fastest product rate."""
-    return row["flops"] / max(rate for name, rate in row["ceilings"].items() if name != "copy")
+    return row.get("kept_flops", row["flops"]) / _product_rate(row)
+
+
+def _product_rate(row: dict) -> float:
+    return max(rate for name, rate in row["ceilings"].items() if name != "copy")
 
 
 def gate_targets(results: dict) -> list[Target]:
@@ -103,7 +107,9 @@ def _of_models(row: dict) -> Iterator[Target]:
     times = {name: time["median"] for name, time in row["times"].items()}
     if OURS not in times:
         return
-    best = times.get(GATELESS, time_of_products(row))
+    best = time_of_products(row)
+    if GATELESS in times:
+        best = times[GATELESS] + row.get("gate_flops", 0.0) / _product_rate(row)
     for how, suffix, bound in (("eager", "", 0.85 if training else 0.8), ("compiled", ", compiled", 0.95)):
         rivals = [times[name + suffix] for name in RIVALS if name + suffix in times]
         if rivals:
