@@ -250,7 +250,9 @@ class Gate {
   template <class Finish>
   void multiply_panel(const Window& window, const Packed<E>& weights, const A* panel, Finish&& finish) {
     const E* factor = operands_of_rows<E>(panel, window.tokens, kPanel, factor_);
-    const auto kernel = multiply_for<A, E>(panel_.columns);
+    // Sums of few steps have more lines to ask for than steps; otherwise two at a time get in each other's way.
+    const bool few = window.tokens <= 64 * kDepthOf<E>;
+    const auto kernel = few ? multiply_for<A, E, 2>(panel_.columns) : multiply_for<A, E, 1>(panel_.columns);
     for_each_tile(window, [&](int64_t tile, int64_t from, int64_t to) {
       wanted_.of_tokens(from, to);
       multiply(kernel, weights, tile, factor, y_, wanted_);

@@ -133,7 +133,7 @@ struct Packed {
 
 // to[r, :] = sum over the steps of some runs of weight[r] * from[row, :]; both have rows of kPanel, of which kVectors
 // vectors count and, if kHalf, half of the next. Meanwhile the wanted cache lines are asked for.
-template <class A, class E, int kVectors, bool kHalf>
+template <class A, class E, int kAsks, int kVectors, bool kHalf>
 __attribute__((noinline)) void multiply_tile(const Run* run, const Run* last, const E* all_weights, const E* from, A* to,
                                              Wanted& wanted) {
   constexpr int kLanes = VectorOf<A>::kLanes, kPanel = kTileVectors * kLanes;
@@ -146,7 +146,7 @@ __attribute__((noinline)) void multiply_tile(const Run* run, const Run* last, co
   const E *operands = from + run->row, *weights = all_weights + run->at;
   int32_t steps = run->count;
   while (true) {
-    wanted.ask();
+    for (int i = 0; i < kAsks; ++i) wanted.ask();
     Operands<E> vectors[kVectors];
     for (int v = 0; v < kVectors; ++v) vectors[v] = Operands<E>(operands + v * kLanes);
     for (int r = 0; r < kTileRows; ++r)
@@ -173,15 +173,15 @@ __attribute__((noinline)) void multiply_tile(const Run* run, const Run* last, co
 // That for as many vectors as the columns take. Half a vector is half the work where AVX-512 is done in halves.
 template <class A, class E>
 using Multiply = void (*)(const Run*, const Run*, const E*, const E*, A*, Wanted&);
-template <class A, class E>
+template <class A, class E, int kAsks>
 inline Multiply<A, E> multiply_for(int64_t columns) {
   constexpr int64_t kLanes = VectorOf<A>::kLanes;
   constexpr bool kHalves = kVectorBytes == 64 && kDepthOf<E> == 1;
   const int64_t vectors = divide_up(columns, kLanes);
   const bool half = kHalves && (columns - 1) % kLanes < kLanes / 2;
-  if (vectors == 3) return half ? multiply_tile<A, E, 2, kHalves> : multiply_tile<A, E, 3, false>;
-  if (vectors == 2) return half ? multiply_tile<A, E, 1, kHalves> : multiply_tile<A, E, 2, false>;
-  return multiply_tile<A, E, 1, false>;
+  if (vectors == 3) return half ? multiply_tile<A, E, kAsks, 2, kHalves> : multiply_tile<A, E, kAsks, 3, false>;
+  if (vectors == 2) return half ? multiply_tile<A, E, kAsks, 1, kHalves> : multiply_tile<A, E, kAsks, 2, false>;
+  return multiply_tile<A, E, kAsks, 1, false>;
 }
 static_assert(kTileVectors == 3);
 
