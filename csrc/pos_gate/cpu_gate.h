@@ -185,9 +185,10 @@ class Gate {
 
   // ---- groups, units, panels, tiles ----
 
-  // P of the panel's group, for the windows at hand. A forward comes back to a group with every share of the columns and
-  // keeps what it made.
+  // A forward comes back to a group with every share of the columns and keeps what it made, if there is room.
   int64_t kept_groups() const { return call_.splits > 1 && keeps_groups(shape_) ? shape_.groups : 1; }
+
+  // P of the panel's group, for the windows at hand.
   void find_group(const Window& window) {
     group_ = &workspace_.groups[kept_groups() > 1 ? panel_.group : 0];
     if (group_->window == &window && group_->group == panel_.group) return;

@@ -85,7 +85,8 @@ inline void store_operands(E* to, DoubleVec first, DoubleVec second) {
 
 constexpr int32_t kMostSteps = 256;  // that are summed in one go
 
-// Steps of a tile that follow each other, at most kMostSteps: the panel's from `row` on, with kTileRows weights each, `stride` apart.
+// Steps of a tile that follow each other, at most kMostSteps: the panel's from `row` on, with kTileRows weights each,
+// `stride` apart.
 struct Run {
   int64_t at;            // where `weights` has the first step's
   int32_t row;           // first step * kPanel: where the multiplied panel has it

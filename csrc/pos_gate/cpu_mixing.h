@@ -195,7 +195,7 @@ class Mixing {
     find_peaks(entries, size);
   }
 
-  // The largest |entry| among the kTileRows from each one on.
+  // The largest |entry| among the kTileRows from each one on, and among those that a tile meets in a whole row of tokens.
   void find_peaks(const double* entries, int64_t size) {
     b_.peak.resize(size + kDoubles);  // there is room for it
     for (size_t e = 0; e < b_.peak.size(); ++e)  // NaN is to be seen
@@ -265,8 +265,8 @@ class Mixing {
     if (!counts) return;
     const int64_t at = int64_t(packed.weights.size());
     packed.weights.insert(packed.weights.end(), weights, weights + kTileRows);
-    const bool follows = run && run->stride == kTileRows && run->count < kMostSteps && run->at + run->count * kTileRows == at &&
-                         run->row + run->count * kPanelOf<A> == row;
+    const bool follows = run && run->stride == kTileRows && run->count < kMostSteps &&
+                         run->at + run->count * kTileRows == at && run->row + run->count * kPanelOf<A> == row;
     if (follows)
       ++run->count;
     else
