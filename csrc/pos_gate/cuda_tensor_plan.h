@@ -68,16 +68,21 @@ TensorPlan plan_product(const Call<T>& call, const Chip& chip) {
   return plan;
 }
 
+// Warps of the products that are cut into shares which a multiprocessor's 65536 registers hold: they take up to 144 a
+// thread, from sm_100 on 160.
+inline int64_t warps_side_by_side(const Chip& chip) { return 65536 / kWarp / (chip.architecture < 100 ? 144 : 160); }
+
 // Into how many shares the panels of each group, class and block of rows are cut: as many blocks as run side by side,
 // which then go on to the end, for a block's first work is to fetch its rows of P.
 template <class T>
-int64_t count_tensor_splits(const Call<T>& call, const Chip& chip, int64_t row_blocks, int64_t shared_bytes) {
-  const int64_t side_by_side = chip.multiprocessors * std::clamp<int64_t>(chip.shared_bytes / shared_bytes, 1, 4);
+int64_t count_tensor_splits(const Call<T>& call, const Chip& chip, const TensorPlan& plan) {
+  const int64_t blocks = std::min(chip.shared_bytes / plan.shared_bytes, warps_side_by_side(chip) / plan.warps);
+  const int64_t side_by_side = chip.multiprocessors * std::clamp<int64_t>(blocks, 1, 4);
   int64_t panels = 1;
   for (int k = 0; k < call.class_count; ++k)
     panels =
         std::max(panels, divide_up(call.classes[k].windows(call.shape.batch) * call.shape.group_channels(), kColumns));
-  return std::clamp<int64_t>(side_by_side / (call.class_count * call.shape.groups * row_blocks), 1, panels);
+  return std::clamp<int64_t>(side_by_side / (call.class_count * call.shape.groups * plan.row_blocks), 1, panels);
 }
 
 // Keys of a block of dP: small windows take small pieces.
@@ -131,7 +136,7 @@ template <class T, Product kProduct, class Launcher>
 void launch_product(Launcher& launcher, Call<T> call, const Chip& chip) {
   using Kernel = TensorProductKernel<T, kProduct>;
   const TensorPlan plan = plan_product<T, kProduct>(call, chip);
-  if (kProduct == Product::gate || kProduct == Product::columns) call.splits = count_tensor_splits(call, chip, plan.row_blocks, plan.shared_bytes);
+  if (kProduct == Product::gate || kProduct == Product::columns) call.splits = count_tensor_splits(call, chip, plan);
   launcher.template launch<Kernel>(typename Kernel::Arguments{call, plan}, Kernel::grid(call, plan), plan.shared_bytes,
                                    plan.warps * kWarp);
 }

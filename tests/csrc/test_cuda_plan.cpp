@@ -113,6 +113,17 @@ void check_outer(const Gate& gate, const Chip& chip) {
   expect(p.warps * 16 * p.row_blocks >= tokens && p.key_blocks * kManyKeyTiles * 8 >= tokens, where + "dP is covered");
 }
 
+// The gate's blocks run side by side: neither shared memory nor registers make some wait for others.
+void check_splits(const Gate& gate, const Chip& chip) {
+  const Call<Bf16> call = call_of(gate, chip, 128);
+  const TensorPlan p = plan_product<Bf16, Product::gate>(call, chip);
+  const int64_t fewest = call.class_count * gate.groups * p.row_blocks, splits = count_tensor_splits(call, chip, p);
+  const int64_t blocks = divide_up(fewest * splits, chip.multiprocessors);  // of a multiprocessor
+  const std::string where = std::string(gate.name) + ", shares, sm_" + std::to_string(chip.architecture) + ": ";
+  expect(splits == 1 || blocks * p.shared_bytes <= chip.shared_bytes, where + "shared memory holds them");
+  expect(splits == 1 || blocks * p.warps <= warps_side_by_side(chip), where + "registers hold them");
+}
+
 void check_workspace(const Gate& gate, const Chip& chip) {
   const std::string where = std::string(gate.name) + ", workspace, sm_" + std::to_string(chip.architecture) + ": ";
   for (const bool matrix : {false, true}) {
@@ -158,6 +169,7 @@ int main(int argc, char** argv) {
       check_product<Product::columns>(gate, chip, "columns");
       check_both(gate, chip);
       check_outer(gate, chip);
+      check_splits(gate, chip);
       check_workspace(gate, chip);
     }
   std::printf("%d failed\n", failures);
