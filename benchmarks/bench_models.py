@@ -82,7 +82,7 @@ def flops_of_ours(setting: Setting) -> int:
 
 
 def flops_of_gates(setting: Setting) -> float:
-    """Of the products in PosMLP-T's gates, where weights of P that cannot show are left out."""
+    """Of the products in PosMLP-T's gates on tiled maps, but for weights of P that cannot show."""
     model, flops = create_model(OURS).eval(), []
 
     def record(gate: PosSGU, _: object, output: Tensor) -> None:

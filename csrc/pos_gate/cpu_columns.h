@@ -47,7 +47,7 @@ struct Map {
 };
 
 // Rows that will be wanted soon. Rows as short and as far apart as these no hardware prefetcher foresees, and a core has
-// too few buffers to ask for a panel at once: the products ask for one cache line in each of their steps.
+// too few buffers to ask for a panel at once: the products ask for a cache line or two in each of their steps.
 class Wanted {
  public:
   // From now on rows of no map, of tokens that `of_tokens` names.
@@ -81,6 +81,7 @@ class Wanted {
       ++at_;
     }
   }
+  // Not inlined: it would slow down the loop over tiles.
   __attribute__((noinline)) void ask_for_the_rest() {
     for (; at_ < lines_.size(); ++at_, token_ = first_)
       for (const Line& line = lines_[at_]; token_ < last_; ++token_)
