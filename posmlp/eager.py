@@ -25,5 +25,11 @@ def is_eager_cpu(*tensors: Tensor | None) -> bool:
 
 
 def has_hooks(*modules: nn.Module) -> bool:
-    """Whether somebody watches what goes into or comes out of one of the modules."""
-    return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+    """Whether somebody watches what goes into or comes out of one of the modules, or their gradients."""
+    return any(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        for module in modules
+    )

@@ -122,15 +122,25 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         images = self._images_at_once(x)
-        if images >= x.shape[0]:
-            return x + self._branch(x)
-        y = torch.empty_like(x)
-        for part, out in zip(x.split(images), y.split(images), strict=True):
-            torch.add(part, self._branch(part), out=out)
-        return y
+        if images < x.shape[0]:
+            y = torch.empty_like(x)
+            for part, out in zip(x.split(images), y.split(images), strict=True):
+                torch.add(part, self._branch(part), out=out)
+            return y
+        if self._drops_nothing():
+            return self.fc2(self._mixed(x), plus=x)
+        return x + self._branch(x)
+
+    def _mixed(self, x: Tensor) -> Tensor:
+        return self.gate(self.fc1(self.norm(x)))
 
     def _branch(self, x: Tensor) -> Tensor:
-        return self.drop_path(self.drop(self.fc2(self.gate(self.fc1(self.norm(x))))))
+        return self.drop_path(self.drop(self.fc2(self._mixed(x))))
+
+    def _drops_nothing(self) -> bool:
+        """Whether the last linear layer may add the input, because nothing happens, or is seen, in between."""
+        rates = self.drop.p, self.drop_path.rate
+        return not (self.training and any(rates)) and not has_hooks(self.fc2, self.drop, self.drop_path)
 
     def _images_at_once(self, x: Tensor) -> int:
         if self.training or torch.is_grad_enabled() or not is_eager_cpu(x) or has_hooks(*self.children()):
