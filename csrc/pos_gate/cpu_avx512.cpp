@@ -5,7 +5,8 @@
 
 #include "cpu_includes.h"
 
-#define POSMLP_F16C  // conversions of float16
+#define POSMLP_F16C    // conversions of float16
+#define POSMLP_LOOKUP  // in a table of 16 numbers
 
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), apply_to = function)

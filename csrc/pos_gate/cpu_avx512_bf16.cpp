@@ -6,6 +6,7 @@
 #include "cpu_includes.h"
 
 #define POSMLP_F16C      // conversions of float16
+#define POSMLP_LOOKUP    // in a table of 16 numbers
 #define POSMLP_BF16_DOT  // products and conversions of bfloat16
 
 #ifdef __clang__

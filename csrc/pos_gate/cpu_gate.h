@@ -115,14 +115,15 @@ class Gate {
     wanted_.add(x2_map, panel_.pieces);
     wanted_.add(z_map, panel_.pieces);
     wanted_.add(x_map(window, next_panel_, 0), next_panel_.pieces);
-    multiply_panel(window, group_->rows, x1_, [&](const Piece& piece, int64_t from, int64_t to) {
-      const auto x2 = x2_map.rows(piece, from);
-      const auto z = z_map.rows(piece, from);
-      const A *y = done_ + piece.column, *bias = &workspace_.bias[from], *scale = &group_->scale[from];
-      const Activation activation = call_.activation;
-      for_each_vector<A>(to - from, piece.count, [=](auto lanes, int64_t k, int64_t c) {
-        const auto sum = load<A, lanes>(y + k * kPanel + c) * scale[k] + bias[k];
-        store_as(z(k) + c, sum * activated(activation, load_as<A, lanes>(x2(k) + c)));
+    with_constant(call_.activation, [&](auto activation) {
+      multiply_panel(window, group_->rows, x1_, [&](const Piece& piece, int64_t from, int64_t to) {
+        const auto x2 = x2_map.rows(piece, from);
+        const auto z = z_map.rows(piece, from);
+        const A *y = done_ + piece.column, *bias = &workspace_.bias[from], *scale = &group_->scale[from];
+        for_each_vector<A>(to - from, piece.count, [=](auto lanes, int64_t k, int64_t c) {
+          const auto sum = load<A, lanes>(y + k * kPanel + c) * scale[k] + bias[k];
+          store_as(z(k) + c, sum * activated<activation>(load_as<A, lanes>(x2(k) + c)));
+        });
       });
     });
   }
@@ -136,19 +137,20 @@ class Gate {
     wanted_.add(x2_map, panel_.pieces);
     wanted_.add(dz_map, panel_.pieces);
     wanted_.add(dx2_map, panel_.pieces);
-    multiply_panel(window, group_->rows, x1_, [&](const Piece& piece, int64_t from, int64_t to) {
-      const auto x2 = x2_map.rows(piece, from);
-      const auto dz = dz_map.rows(piece, from);
-      const auto dx2 = dx2_map.rows(piece, from);
-      const A *y = done_ + piece.column, *bias = &workspace_.bias[from], *scale = &group_->scale[from];
-      const Activation activation = call_.activation;
-      A* du = to_du + from * kPanel + piece.column;
-      for_each_vector<A>(to - from, piece.count, [=](auto lanes, int64_t k, int64_t c) {
-        const auto gradient = load_as<A, lanes>(dz(k) + c);
-        const auto gate = activated_with_slope(activation, load_as<A, lanes>(x2(k) + c));
-        const auto sum = load<A, lanes>(y + k * kPanel + c) * scale[k] + bias[k];
-        store_as(dx2(k) + c, gradient * sum * gate.slope);
-        store(du + k * kPanel + c, gradient * gate.value * scale[k]);
+    with_constant(call_.activation, [&](auto activation) {
+      multiply_panel(window, group_->rows, x1_, [&](const Piece& piece, int64_t from, int64_t to) {
+        const auto x2 = x2_map.rows(piece, from);
+        const auto dz = dz_map.rows(piece, from);
+        const auto dx2 = dx2_map.rows(piece, from);
+        const A *y = done_ + piece.column, *bias = &workspace_.bias[from], *scale = &group_->scale[from];
+        A* du = to_du + from * kPanel + piece.column;
+        for_each_vector<A>(to - from, piece.count, [=](auto lanes, int64_t k, int64_t c) {
+          const auto gradient = load_as<A, lanes>(dz(k) + c);
+          const auto gate = activated_with_slope<activation>(load_as<A, lanes>(x2(k) + c));
+          const auto sum = load<A, lanes>(y + k * kPanel + c) * scale[k] + bias[k];
+          store_as(dx2(k) + c, gradient * sum * gate.slope);
+          store(du + k * kPanel + c, gradient * gate.value * scale[k]);
+        });
       });
     });
   }
@@ -322,9 +324,11 @@ class Gate {
   }
 
   void activate(int64_t count, A* slopes) const {
-    if (call_.activation == Activation::none) return;
-    for (int64_t i = 0; i < count; i += kLanes)
-      store_activated(call_.activation, load<A>(x1_ + i), x1_ + i, slopes ? slopes + i : nullptr);
+    with_constant(call_.activation, [&](auto activation) {
+      if (activation == Activation::none) return;
+      for (int64_t i = 0; i < count; i += kLanes)
+        store_activated<activation>(load<A>(x1_ + i), x1_ + i, slopes ? slopes + i : nullptr);
+    });
   }
 
   void normalise(const Window& window) const {

@@ -63,8 +63,10 @@ class Norm {
       rest /= shape.map[d];
     }
     const T* x = static_cast<const T*>(call_.x) + call_.x_view.offset(rest, position);
-    for_each_vector<A>(1, channels_, [&](auto lanes, int64_t, int64_t c) {
-      store_activated(call_.activation, load_as<A, lanes>(x + c), &x_[c], slopes ? slopes + c : nullptr);
+    with_constant(call_.activation, [&](auto activation) {
+      for_each_vector<A>(1, channels_, [&](auto lanes, int64_t, int64_t c) {
+        store_activated<activation>(load_as<A, lanes>(x + c), &x_[c], slopes ? slopes + c : nullptr);
+      });
     });
   }
 
