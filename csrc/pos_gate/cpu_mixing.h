@@ -9,7 +9,7 @@
 // With a free matrix, or where a row's keys all lie so far from the table's maximum that nothing is left of them, P is
 // `dense`, each row about its own maximum.
 //
-// Under softmax the weights of a row that are packed sum to 1 but for eps / 128 at most: the others cannot show in a
+// Under softmax the weights of a row that are packed sum to 1 but for eps / 8 at most: the others cannot show in a
 // rounded result, and for a Gaussian a third of a window of 14 and two thirds of one of 24 are such.
 // No include guard: every instruction set compiles this text anew, inside its own namespace and target options.
 
@@ -31,7 +31,7 @@ class Mixing {
     window_ = &window;
     table_ = at_group(call_.table, group, shape_.table_size());
     centre_ = shape_.table_size() / 2;
-    negligible_ = call_.softmax ? epsilon_ / 128 / double(window.tokens) : 0;
+    negligible_ = call_.softmax ? epsilon_ / 8 / double(window.tokens) : 0;
     factored_ = table_ && !call_.matrix && weigh_table() && scale_rows();
     largest_scale_ = factored_ ? *std::max_element(b_.scale.begin(), b_.scale.begin() + window.tokens) : 1;
     shared_ = factored_ && largest_scale_ < kMostShared;
