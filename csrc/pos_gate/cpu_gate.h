@@ -21,7 +21,7 @@ class Gate {
   static constexpr int kLanes = VectorOf<A>::kLanes;
   static constexpr int64_t kPanel = kPanelOf<A>, kTile = kTileRows * kPanel;
   static constexpr bool kIsPaired = kDepthOf<E> == 2;
-  static constexpr int64_t kPanels = std::max<int64_t>(1, 48 / kPanel);  // that dP takes at once
+  static constexpr int64_t kPanels = std::max<int64_t>(1, 96 / kPanel);  // that dP takes at once
 
   explicit Gate(const Call& call)
       : call_(call), shape_(call.shape), depth_(shape_.group_channels()), z_view_(shape_.contiguous(shape_.channels)),
