@@ -138,7 +138,7 @@ class Block(nn.Module):
         return self.drop_path(self.drop(self.fc2(self._mixed(x))))
 
     def _drops_nothing(self) -> bool:
-        """Whether the last linear layer may add the input, because nothing happens, or is seen, in between."""
+        """Whether the last linear layer may add the input: nothing happens, or is seen, in between."""
         rates = self.drop.p, self.drop_path.rate
         return not (self.training and any(rates)) and not has_hooks(self.fc2, self.drop, self.drop_path)
 

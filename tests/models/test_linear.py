@@ -168,3 +168,52 @@ def test_same_input_same_bits():
 def test_it_is_a_linear_layer_to_others():
     layer = Linear(4, 3)
     assert isinstance(layer, nn.Linear) and list(layer.state_dict()) == ["weight", "bias"]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("shape", "width"), SHAPES)
+def test_what_is_added_on_the_way_out(shape, width, bias):
+    torch.manual_seed(0)
+    layer, x, plus = Linear(shape[-1], width, bias=bias), torch.randn(shape), torch.randn(*shape[:-1], width)
+
+    def gradients(layer, x, plus, call):
+        x, plus = x.detach().requires_grad_(), plus.detach().requires_grad_()
+        y = call(layer, x, plus)
+        dy = torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view_as(y)
+        leaves = {"x": x, "plus": plus, **dict(layer.named_parameters())}
+        found = torch.autograd.grad(y, list(leaves.values()), dy)
+        return dict(zip(["y", *leaves], [y.detach(), *found], strict=True))
+
+    def plain(layer, x, plus):
+        return plus + F.linear(x, layer.weight, layer.bias)
+
+    truth = gradients(copy.deepcopy(layer).double(), x.double(), plus.double(), plain)
+    ours = gradients(layer, x, plus, lambda layer, x, plus: layer(x, plus=plus))
+    assert_no_worse(ours, gradients(layer, x, plus, plain), truth)
+
+
+def test_what_is_added_may_have_any_strides_and_is_broadcast():
+    torch.manual_seed(0)
+    layer, x = Linear(8, 6), torch.randn(2, 3, 5, 8)
+    for plus in (torch.randn(6), torch.randn(2, 6, 5, 3).transpose(1, 3), torch.randn(2, 3, 1, 6)):
+        torch.testing.assert_close(layer(x, plus=plus), plus + F.linear(x, layer.weight, layer.bias))
+
+
+@needs_onednn
+def test_weights_lie_as_onednn_likes_them_and_gradients_likewise():
+    for layer, stride in ((Linear(6, 9), (1, 6 + 3)), (Linear(9, 6), (9, 1)), (Linear(7, 7), (1, 7))):
+        assert layer.weight.stride() == stride
+        layer(torch.randn(5, layer.in_features)).sum().backward()
+        assert layer.weight.grad.stride() == stride  # else it would be copied
+
+
+def test_layouts_survive_copies_and_files(tmp_path):
+    layer, x = Linear(6, 9), torch.randn(4, 6)
+    torch.save(layer.state_dict(), tmp_path / "weights.pt")
+    other = Linear(6, 9)
+    other.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True))
+    plain = nn.Linear(6, 9)
+    plain.load_state_dict(layer.state_dict())
+    for copied in (copy.deepcopy(layer), other, plain):
+        torch.testing.assert_close(copied(x), layer(x))
+    assert other.weight.stride() == layer.weight.stride() == copy.deepcopy(layer).weight.stride()
