@@ -107,9 +107,7 @@ __attribute__((noinline)) void add_outer_tile(const E* left, int64_t left_rows, 
     }
 }
 
-// Of a tile's rows the blocks in which a weight exceeds `negligible(first row, rows, first key, keys)`; NaN does.
-// `write(row, to)` writes a row's weights for all keys, and up to kOvershoot numbers more.
-constexpr int64_t kOvershoot = 16;
+constexpr int64_t kOvershoot = 16;  // numbers that a row of weights may be written beyond its end
 
 inline double largest_of_block(const Bfloat16* block, int64_t ld) {
   using Halves = Lanes<2 * kStepsAtOnce>::halves;
@@ -125,6 +123,8 @@ inline double largest_of_block(const Bfloat16* block, int64_t ld) {
   return widen(largest);
 }
 
+// Of each tile's rows the blocks in which a weight exceeds `negligible(first row, rows, first key, keys)`, or is NaN.
+// `write(row, to)` writes a row's weights for all keys.
 template <class Write, class Negligible>
 void pack_blocks(Packed<Pair>& packed, int64_t tokens, std::vector<Bfloat16>& tile, Write&& write,
                 Negligible&& negligible) {

@@ -4,8 +4,9 @@
 // centre + place(j) - place(i). Without a free matrix, P(i, j) = weight(entry) * scale(i): weight is the table itself, or
 // e^(R - max R) with scale one over the row's sum under softmax. One exponential per table entry serves all N rows; that
 // few can be had in double, and must: an error in one would be the same in every row, and gradients of the table, which
-// sum over rows, would not average it out. P is never stored then: products read their weights straight from the table. The
-// results of a product by rows are scaled; the transpose, whose scale goes with what is summed over, is given scaled rows.
+// sum over rows, would not average it out. P is never stored then: products read their weights straight from the table (or,
+// on tile registers, from blocks copied out of it). The results of a product by rows are scaled; the transpose, whose scale
+// goes with what is summed over, is given scaled rows.
 // With a free matrix, or where a row's keys all lie so far from the table's maximum that nothing is left of them, P is
 // `dense`, each row about its own maximum.
 //
