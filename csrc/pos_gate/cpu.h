@@ -59,11 +59,13 @@ extern const Kernels kAvx512;
 #if defined(__clang__) || __GNUC__ >= 12
 #define POSMLP_X86_BF16_KERNELS 1
 extern const Kernels kAvx512Bf16;
+extern const Kernels kAvx512Amx;
 #endif
 #endif
 
-// Those that this processor runs, the best first.
-std::vector<const Kernels*> kernels_of_this_processor();
+// Those that this processor runs, the best first. Kernels that no processor has run yet come last, and only for who means
+// to choose by name: they are never picked.
+std::vector<const Kernels*> kernels_of_this_processor(bool by_name);
 
 // The best of them, or the one that the environment variable POSMLP_CPU_KERNELS names.
 const Kernels& choose_kernels();

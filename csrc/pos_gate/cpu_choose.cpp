@@ -5,30 +5,62 @@
 
 #include "cpu.h"
 
+#if defined(POSMLP_X86_BF16_KERNELS) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace posmlp::cpu {
 
-std::vector<const Kernels*> kernels_of_this_processor() {
+namespace {
+
+#ifdef POSMLP_X86_BF16_KERNELS
+// Whether there are tile registers for bfloat16, and this process may use them: Linux wants to be asked for them.
+bool has_amx() {
+#if defined(POSMLP_AMX_EMULATED)
+  return true;
+#elif defined(__linux__)
+  constexpr unsigned kBf16AndTiles = 1u << 22 | 1u << 24, kSavesTiles = 3u << 17;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kBf16AndTiles) != kBf16AndTiles) return false;
+  __asm__ volatile("xgetbv" : "=a"(a), "=d"(d) : "c"(0));  // which is there where AVX-512 is
+  return (a & kSavesTiles) == kSavesTiles && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
+}  // namespace
+
+std::vector<const Kernels*> kernels_of_this_processor(bool by_name) {
   std::vector<const Kernels*> kernels;
 #ifdef POSMLP_X86_KERNELS
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("fma");
-#ifdef POSMLP_X86_BF16_KERNELS
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) kernels.push_back(&kAvx512Bf16);
-#endif
   if (avx512) kernels.push_back(&kAvx512);
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) kernels.push_back(&kAvx2);
 #endif
   kernels.push_back(&kPortable);
+#ifdef POSMLP_X86_BF16_KERNELS
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) {
+    kernels.insert(kernels.begin(), &kAvx512Bf16);
+    if (by_name && has_amx()) kernels.push_back(&kAvx512Amx);
+  }
+#endif
   return kernels;
 }
 
 namespace {
 
 const Kernels& find_kernels() {
-  const auto kernels = kernels_of_this_processor();
   const char* name = std::getenv("POSMLP_CPU_KERNELS");
-  if (name == nullptr || *name == '\0') return *kernels.front();
+  const bool by_name = name != nullptr && *name != '\0';
+  const auto kernels = kernels_of_this_processor(by_name);
+  if (!by_name) return *kernels.front();
   std::string known;
   for (const Kernels* k : kernels) {
     if (std::string(name) == k->name) return *k;

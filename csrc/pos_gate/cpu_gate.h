@@ -32,7 +32,7 @@ class Gate {
       windows_.emplace_back(call_, cls, z_view_, dx_view_, token_view_);
       most_tokens = std::max(most_tokens, cls.tokens());
     }
-    ld_ = round_up(round_up(most_tokens, kTileRows), kLanes);
+    ld_ = round_up(round_up(most_tokens, kTileRows), std::max(kLanes, kStepsAtOnce * kDepthOf<E>));
   }
   ~Gate() { workspace_.release_if_large(); }
 
@@ -253,6 +253,10 @@ class Gate {
   template <class Finish>
   void multiply_panel(const Window& window, const Packed<E>& weights, const A* panel, Finish&& finish) {
     const E* factor = operands_of_rows<E>(panel, window.tokens, kPanel, factor_);
+    if constexpr (kStepsAtOnce > 1) {  // the last steps' zeros, where a larger window may have left anything
+      const int64_t steps = divide_up(window.tokens, kDepthOf<E>);
+      std::fill(factor_ + steps * kPanel, factor_ + round_up(steps, kStepsAtOnce) * kPanel, E{});
+    }
     // Sums of few steps have more lines to ask for than steps; otherwise two at a time get in each other's way.
     const bool few = window.tokens <= 64 * kDepthOf<E>;
     const auto kernel = few ? multiply_for<A, E, 2>(panel_.columns) : multiply_for<A, E, 1>(panel_.columns);

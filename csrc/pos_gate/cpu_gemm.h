@@ -84,6 +84,11 @@ inline void store_operands(E* to, DoubleVec first, DoubleVec second) {
 }
 
 constexpr int32_t kMostSteps = 256;  // that are summed in one go
+#ifdef POSMLP_AMX
+constexpr int kStepsAtOnce = 16;  // of one instruction; where a sum has fewer, zeros
+#else
+constexpr int kStepsAtOnce = 1;
+#endif
 
 // Steps of a tile that follow each other, at most kMostSteps: the panel's from `row` on, with kTileRows weights each,
 // `stride` apart.
@@ -123,7 +128,7 @@ struct Packed {
   void end_tile() {  // which has a run at least
     if (!last_of_tile()) {
       add(int64_t(weights.size()), 0, 1, 0);
-      weights.insert(weights.end(), kTileRows, E{});
+      weights.insert(weights.end(), kTileRows * kStepsAtOnce, E{});
     }
     int64_t steps = 0;
     for (int32_t run = begin.back(); run < count; ++run) steps += runs[run].count;
@@ -132,6 +137,9 @@ struct Packed {
   }
 };
 
+#ifdef POSMLP_AMX
+#include "cpu_gemm_amx.h"  // multiply_tile and add_outer_tile by other instructions
+#else
 // to[r, :] = sum over the steps of some runs of weight[r] * from[row, :]; both have rows of kPanel, of which kVectors
 // vectors count and, if kHalf, half of the next. Meanwhile the wanted cache lines are asked for.
 template <class A, class E, int kAsks, int kVectors, bool kHalf>
@@ -170,6 +178,7 @@ __attribute__((noinline)) void multiply_tile(const Run* run, const Run* last, co
     if (kHalf) store(to + kVectors * kLanes, halves[r]);
   }
 }
+#endif
 
 // That for as many vectors as the columns take. Half a vector is half the work where AVX-512 is done in halves.
 template <class A, class E>
@@ -205,6 +214,7 @@ inline void multiply(Multiply<A, E> multiply_runs, const Packed<E>& packed, int6
   }
 }
 
+#ifndef POSMLP_AMX
 // The outer product that is dP: to[r, at[v] + lane] += sum over columns c of left[r, c] * right[c, at[v] + lane].
 // left has rows of a panel's steps and `panels` panels `left_rows` rows apart; right has a row of ld for each step; to
 // has rows of ld.
@@ -229,6 +239,7 @@ __attribute__((noinline)) void add_outer_tile(const E* left, int64_t left_rows, 
       store(sum, load<A>(sum) + sums[r][v]);
     }
 }
+#endif
 
 template <class A, class E>
 inline void add_outer(const E* left, int64_t left_rows, int64_t panels, const E* right, const std::vector<int32_t>& at,

@@ -44,6 +44,7 @@ class FlushSubnormals {
 #endif
 };
 
+#ifndef POSMLP_AMX  // which multiplies bfloat16 alone
 template <template <class> class Worker, class Work>
 void run(const Call& call, Work&& work) {
   const FlushSubnormals flush;
@@ -67,5 +68,6 @@ void backward(const Call& call, int64_t first, int64_t last) {
 void norm_backward(const Call& call, int64_t first, int64_t last) {
   run<Norm>(call, [=](auto& norm) { norm.backward(first, last); });
 }
+#endif
 
 }  // namespace

@@ -4,8 +4,9 @@
 // centre + place(j) - place(i). Without a free matrix, P(i, j) = weight(entry) * scale(i): weight is the table itself, or
 // e^(R - max R) with scale one over the row's sum under softmax. One exponential per table entry serves all N rows; that
 // few can be had in double, and must: an error in one would be the same in every row, and gradients of the table, which
-// sum over rows, would not average it out. P is never stored then: products read their weights straight from the table. The
-// results of a product by rows are scaled; the transpose, whose scale goes with what is summed over, is given scaled rows.
+// sum over rows, would not average it out. P is never stored then: products read their weights straight from the table (or,
+// on tile registers, from blocks copied out of it). The results of a product by rows are scaled; the transpose, whose scale
+// goes with what is summed over, is given scaled rows.
 // With a free matrix, or where a row's keys all lie so far from the table's maximum that nothing is left of them, P is
 // `dense`, each row about its own maximum.
 //
@@ -18,6 +19,9 @@ template <class A>
 struct MixingBuffers {
   std::vector<double> weight, entries, peak, row_peak, scale, row, sums;
   std::vector<A> dense;
+#ifdef POSMLP_AMX
+  std::vector<Bfloat16> table, tile;
+#endif
 };
 
 // E: what the products multiply; epsilon: of the results' type.
@@ -162,6 +166,38 @@ class Mixing {
 
   // ---- packing ----
 
+#ifdef POSMLP_AMX
+  // For tile registers, which take a row's steps side by side: too few of them lie so in the table. All weights are copied,
+  // a row of the window at a time, out of the table's or its mirror image's, which are rounded once.
+  template <bool kRows>
+  void pack(Packed<E>& packed) {
+    packed.clear();
+    if (shared_) round_table<kRows>();
+    const auto write = [&](int64_t token, auto* to) { write_row<kRows>(token, to); };
+    pack_blocks(packed, window_->tokens, b_.tile, write, [&](int64_t first, int64_t rows, int64_t key, int64_t keys) {
+      if (!shared_) return negligible_;
+      const double* scale = &b_.scale[kRows ? first : key];
+      return negligible_ / *std::max_element(scale, scale + (kRows ? rows : keys));
+    });
+  }
+  template <bool kRows>
+  void round_table() {
+    const int64_t size = shape_.table_size();
+    b_.table.resize(size + kOvershoot);
+    for (int64_t e = 0; e < size; ++e) narrow(float(b_.weight[kRows ? e : size - 1 - e]), b_.table[e]);
+  }
+  // The row of P, or of its transpose, of a token, and up to kOvershoot numbers more.
+  template <bool kRows>
+  void write_row(int64_t token, Bfloat16* to) const {
+    const int64_t tokens = window_->tokens, length = window_->cls.box[2], *place = window_->place.data();
+    if (!shared_)
+      for (int64_t k = 0; k < tokens; ++k) narrow(float(weight_of(kRows ? token : k, kRows ? k : token)), to[k]);
+    else
+      for (int64_t row = 0; row < tokens; row += length)
+        for (int64_t k = 0; k < length; k += kOvershoot)
+          __builtin_memcpy(to + row + k, &b_.table[centre_ - place[token] + place[row] + k], 2 * kOvershoot);
+  }
+#else
   template <bool kRows>
   void pack(Packed<E>& packed) {
     const int64_t tokens = window_->tokens, *place = window_->place.data();
@@ -272,6 +308,7 @@ class Mixing {
     else
       packed.add(at, row, 1, kTileRows);
   }
+#endif
 
   // Of P; where the table is shared, without the scale of its row.
   double weight_of(int64_t i, int64_t j) const {

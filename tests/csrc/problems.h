@@ -45,8 +45,8 @@ Problem<A> random_problem(bool long_line = false) {
   }
   if (long_line) {
     for (int d = 0; d < kRank; ++d) s.map[d] = s.window[d] = 1, s.shift[d] = 0;
-    s.map[2] = pick(250, 600);
-    s.window[2] = pick(250, 600);
+    s.map[2] = pick(250, 900);
+    s.window[2] = pick(250, 900);
     s.shift[2] = pick(0, s.window[2] - 1);
     s.channels = s.groups * pick(1, 9);
   }
@@ -68,14 +68,15 @@ Problem<A> random_problem(bool long_line = false) {
   return p;
 }
 
-// A table that falls off from a centre outside of the window: rows whose keys are all far from it lie deep below.
+// A table that falls off from its centre, or from one far outside: rows whose keys are all far from that lie deep below.
 template <class A>
-std::vector<A> table_about_a_far_centre(const Shape& s) {
+std::vector<A> falling_table(const Shape& s, bool far) {
   const View strides = s.table_view();
   std::vector<A> table(s.groups * s.table_size());
   for (size_t e = 0; e < table.size(); ++e)
     for (int d = 0; d < kRank; ++d) {
-      const int64_t size = 2 * s.window[d] - 1, beyond = size + 3 - int64_t(e) / strides.map[d] % size;
+      const int64_t size = 2 * s.window[d] - 1, index = int64_t(e) / strides.map[d] % size;
+      const int64_t beyond = (far ? size + 3 : size / 2) - index;
       table[e] -= A(0.5) * A(beyond * beyond);
     }
   return table;

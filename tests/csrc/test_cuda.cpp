@@ -260,7 +260,7 @@ Case<double> random_case() {
     for (double& value : p.table) value = pick(0, 3) ? 100 * value : -INFINITY;
     for (int64_t g = 0; g < s.groups; ++g) p.table[g * s.table_size() + s.table_size() / 2] = -300;
   } else if (p.softmax && pick(0, 3) == 0) {
-    p.table = table_about_a_far_centre<double>(s);
+    p.table = falling_table<double>(s, true);
   }
   c.chip = {int(pick(1, 12)), 99 << 10, 80};
   if (rebuilds || pick(0, 1)) c.chip.shared_bytes = least_shared_bytes(p) + (pick(0, 1) ? 0 : pick(1, 40) << 10);

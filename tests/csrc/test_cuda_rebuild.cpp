@@ -34,7 +34,7 @@ struct Probe {
     s.batch = 1, s.groups = pick(1, 2);
     s.channels = s.groups * s.window_tokens();
     call.softmax = rows != Rows::plain;
-    table = rows == Rows::far ? table_about_a_far_centre<float>(s) : random_values<float>(s.groups * s.table_size());
+    table = rows == Rows::far ? falling_table<float>(s, true) : random_values<float>(s.groups * s.table_size());
     call.table = table.data();
     x.resize(s.map_tokens() * 2 * s.channels), dz.resize(s.map_tokens() * s.channels);
     z.assign(dz.size(), T{0xffff}), dx.assign(x.size(), T{0xffff});
