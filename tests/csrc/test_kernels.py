@@ -37,7 +37,8 @@ def report(tmp_path_factory):
         objects = list(pool.map(compiled, [Path(__file__).with_suffix(".cpp"), *sources]))
     subprocess.run([COMPILER, *objects, "-o", str(program)], check=True)
     done = subprocess.run([str(program)], capture_output=True, text=True)
-    return done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def test_kernels_equal_the_definition(report):
