@@ -23,6 +23,8 @@ _PAYS = (
     and hasattr(torch.ops.mkldnn, "_linear_pointwise")  # Inductor's, without a promise
     and torch.backends.cpu.get_cpu_capability() == "AVX512"
 )
+# Beside which a copy of the weight by columns costs less than what oneDNN gains by it.
+_MANY_ROWS = 1024
 
 
 class Linear(nn.Linear):
@@ -62,6 +64,8 @@ def _onednn_serves(x: Tensor, weight: Tensor, bias: Tensor | None, plus: Tensor 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None, plus: Tensor | None = None) -> Tensor:
     """`x @ weight.T + bias + plus` for `[..., K]` and `[N, K]`, any strides."""
+    if weight.is_contiguous() and x.numel() >= _MANY_ROWS * x.shape[-1]:
+        weight = transposed(weight).T
     if plus is not None:
         return torch.ops.mkldnn._linear_pointwise.binary(x, plus, weight, bias, "add")
     return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
