@@ -127,7 +127,7 @@ class Block(nn.Module):
             for part, out in zip(x.split(images), y.split(images), strict=True):
                 torch.add(part, self._branch(part), out=out)
             return y
-        if self._drops_nothing():
+        if self._adds_on_the_way_out():
             return self.fc2(self._mixed(x), plus=x)
         return x + self._branch(x)
 
@@ -137,10 +137,15 @@ class Block(nn.Module):
     def _branch(self, x: Tensor) -> Tensor:
         return self.drop_path(self.drop(self.fc2(self._mixed(x))))
 
-    def _drops_nothing(self) -> bool:
+    def _adds_on_the_way_out(self) -> bool:
         """Whether the last linear layer may add the input: nothing happens, or is seen, in between."""
-        rates = self.drop.p, self.drop_path.rate
-        return not (self.training and any(rates)) and not has_hooks(self.fc2, self.drop, self.drop_path)
+        fc2, drop, drop_path = self.fc2, self.drop, self.drop_path
+        return (
+            (type(fc2), type(drop), type(drop_path)) == (Linear, nn.Dropout, DropPath)  # nobody's own
+            and not (drop.training and drop.p)
+            and not (drop_path.training and drop_path.rate)
+            and not has_hooks(fc2, drop, drop_path)
+        )
 
     def _images_at_once(self, x: Tensor) -> int:
         if self.training or torch.is_grad_enabled() or not is_eager_cpu(x) or has_hooks(*self.children()):

@@ -35,8 +35,15 @@ class Linear(nn.Linear):
     Gradients of every order are right. What is no eager call on ordinary tensors meets `F.linear`.
     """
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True, **new: Any) -> None:
-        super().__init__(in_features, out_features, bias, **new)
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
         if _PAYS and in_features <= out_features:
             self.weight = nn.Parameter(self.weight.detach().T.contiguous().T)
 

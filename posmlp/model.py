@@ -130,7 +130,9 @@ class PosMLP(nn.Module):
         """Linear layers and convolutions at a truncated normal of 0.02, the others at their own defaults."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
-                nn.init.trunc_normal_(module.weight, std=0.02)
+                # Drawn by rows, however the weight lies in memory: a seed gives the same model everywhere.
+                drawn = torch.empty_like(module.weight, memory_format=torch.contiguous_format)
+                module.weight.copy_(nn.init.trunc_normal_(drawn, std=0.02))
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif hasattr(module, "reset_parameters"):

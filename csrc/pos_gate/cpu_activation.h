@@ -146,7 +146,8 @@ inline ActivationValue<V> gelu_with_slope_by_pieces(V x) {
     tail = tail * at.rest + look_up(at.piece, kTail<6>.power[n]);
   }
   const V slope = (at.steps * change + tail) * float(1 / kStep);
-  return {larger(V{}, x) - at.steps * tail, x < 0 ? slope : x - x + 1 - slope};
+  const V one = x - x + 1;  // but for NaN, which stays
+  return {larger(V{}, x) - at.steps * tail, x < 0 ? slope : one - slope};
 }
 #endif
 

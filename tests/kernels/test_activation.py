@@ -1,6 +1,7 @@
 """The activations that gates apply as they load: over the whole line, by every vector's width."""
 
 import math
+import os
 
 import pytest
 import torch
@@ -46,10 +47,9 @@ def test_no_worse_than_pytorch_over_the_line(activation, channels):
 
 
 @needs_cpu
-@pytest.mark.skipif(
-    not available("cpu") or not instruction_sets()[0].startswith("avx512"), reason="only AVX-512 looks up"
-)
 def test_gelu_is_good_to_a_few_units_in_the_last_place():
+    if not (os.environ.get("POSMLP_CPU_KERNELS") or instruction_sets()[0]).startswith("avx512"):
+        pytest.skip("only AVX-512 looks up; the others divide, and are held to PyTorch's error")
     x = LINE[LINE > -2]
     y, (true, _) = activated(x, "gelu", 16)[0], truth(x, "gelu")
     true = true[: len(y)]

@@ -11,7 +11,8 @@ import pytest
 from support import ROOT, available, instruction_sets
 
 FILES = [
-    Path(__file__).with_name(f"test_{what}.py") for what in ("pos_gate", "gradcheck", "shapes", "golden")
+    Path(__file__).with_name(f"test_{what}.py")
+    for what in ("pos_gate", "gradcheck", "shapes", "golden", "activation")
 ]
 
 

@@ -67,3 +67,21 @@ def test_hooks_see_the_branch_alone(block, x, added, name, kind):
     handle.remove()
     block(x)
     assert added[2:] == [False, True]
+
+
+def test_what_others_have_put_there_is_left_alone(block, x, added):
+    block.eval()
+    wanted = block(x)
+    plain = torch.nn.Linear(block.fc2.in_features, block.fc2.out_features)
+    plain.load_state_dict(block.fc2.state_dict())
+    block.fc2 = plain
+    torch.testing.assert_close(block(x), wanted)
+    block.drop_path = torch.nn.Identity()
+    torch.testing.assert_close(block(x), wanted)
+
+
+def test_dropout_that_stays_on_in_inference_is_seen(block, x, added):
+    block.eval().drop.p = 0.5
+    block.drop.train()  # as those do who sample predictions
+    block(x)
+    assert added == [False, False]

@@ -214,3 +214,15 @@ def test_unknown_names_get_a_hint():
 def test_bad_input_is_named(shape):
     with pytest.raises(ValueError, match=r"x must be \[B, 3, H, W\]"):
         create_model("posmlp_nano")(torch.randn(shape))
+
+
+def test_a_seed_gives_the_same_weights_however_they_lie_in_memory(monkeypatch):
+    states = []
+    for pays in (True, False):
+        monkeypatch.setattr("posmlp.linear._PAYS", pays)
+        torch.manual_seed(0)
+        states.append(create_model("posmlp_nano").state_dict())
+    first, second = states
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    fc1 = "levels.0.blocks.0.fc1.weight"
+    assert first[fc1].stride() != second[fc1].stride()
