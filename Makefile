@@ -53,7 +53,7 @@ RIVALS := convnext_tiny swin_tiny_patch4_window7_224
 
 BF16 := --dtype bfloat16 --case "stage 1" "stage 2" "stage 3" "stage 4" --no-compile --no-sweeps
 
-bench: $(VENV)/.built  ## measure on this machine, in under ten minutes
+bench: $(VENV)/.built  ## measure on this machine, in about ten minutes
 	$(PY) -m benchmarks.bench_pos_gate --out benchmarks/results/cpu.json
 	$(PY) -m benchmarks.bench_pos_gate $(BF16) --out benchmarks/results/cpu_bf16.json
 	$(PY) -m benchmarks.bench_models --compile $(RIVALS) --out benchmarks/results/cpu_models.json
