@@ -31,7 +31,7 @@ class Linear(nn.Linear):
     """`[..., in_features] -> [..., out_features]`, in float32 on CPUs in less time than `nn.Linear` takes.
 
     `plus`, of the output's shape, is added to it. A weight that is not wider than high lies in memory by
-    columns, which oneDNN multiplies a tenth faster where x has few rows; its gradient comes out likewise.
+    columns, which oneDNN multiplies faster where x has few rows; its gradient comes out likewise.
     Gradients of every order are right. What is no eager call on ordinary tensors meets `F.linear`.
     """
 

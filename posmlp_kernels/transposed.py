@@ -7,10 +7,13 @@ from torch import Tensor
 
 from .pos_gate import compiled
 
+# Not in a library that was built before it.
+_COMPILED = "cpu" in compiled.LOADED and hasattr(torch.ops.posmlp_kernels, "transposed")
+
 
 def transposed(x: Tensor) -> Tensor:
     """`[M, K] -> [K, M]`, contiguous, without gradients; on CPUs in float32 at the speed of memory."""
     x = x.detach()
-    if "cpu" in compiled.LOADED and x.is_cpu and x.dtype == torch.float32 and x.stride(1) == 1:
+    if _COMPILED and x.is_cpu and x.dtype == torch.float32 and x.stride(1) == 1:
         return torch.ops.posmlp_kernels.transposed(x)
     return x.T.contiguous()

@@ -2,8 +2,8 @@
 // that adds to one of 16 x 16 floats the product of 16 rows of 16 pairs and 16 steps of 16 columns.
 //
 // The operands of 16 steps are where they always are: pairs of a panel's rows, a panel's row apart. Weights are packed by
-// blocks of 16 rows of 16 steps, each row a cache line. For each block a panel takes three products of 16 cycles each, and
-// loads four tiles of 8 cycles each. A sum over dP's 24 pairs is two of 12, in registers of that shape, so that it takes in
+// blocks of 16 rows of 16 steps, each row a cache line. For each block a panel takes three products and loads four
+// tiles. A sum over dP's 24 pairs is two of 12, in registers of that shape, so that it takes in
 // nothing that is not a number of it.
 //
 // Registers: 0, 1, 2 sums; 3 weights, 4 and 5 operands of 16 steps; 6 and 7 the same of 12 for dP.

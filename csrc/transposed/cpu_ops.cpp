@@ -1,8 +1,8 @@
 // transposed(x [M, K]) -> [K, M]: a copy at the speed of memory, for the weight gradients of linear layers.
 //
 // A library's product that sums over its operands' first dimension wants one of them transposed, and PyTorch's own
-// copy moves a number at a time in one thread. Here a block is as many numbers of 16 rows as a cache line has, read and
-// written in whole lines and turned around in registers, 4 x 4 at a time. Bytes: 2 M K numbers.
+// copy of that is slow. Here a block is as many numbers of 16 rows as a cache line has, read and written in whole lines
+// and turned around in registers, 4 x 4 at a time. Bytes: 2 M K numbers.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -18,8 +18,8 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kLine = 16;            // floats
-constexpr int64_t kGrain = 1 << 15;      // numbers: less is not worth waking a thread
+constexpr int64_t kLine = 16;        // floats
+constexpr int64_t kGrain = 1 << 15;  // numbers: less is not worth waking a thread
 
 typedef float Four __attribute__((vector_size(16)));
 typedef int32_t Order __attribute__((vector_size(16)));
@@ -64,15 +64,17 @@ inline void turn_block(const float* from, int64_t ld_from, float* to, int64_t ld
 
 Tensor transposed(const Tensor& x) {
   STD_TORCH_CHECK(x.dim() == 2, "transposed: x must be [M, K], got ", x.dim(), " dimensions");
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float, "transposed: x must be float32");
-  STD_TORCH_CHECK(x.stride(1) == 1 || x.numel() == 0, "transposed: the rows of x must be contiguous");
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float, "transposed: x must be float32, got numbers of ",
+                  x.element_size(), " bytes");
+  STD_TORCH_CHECK(x.stride(1) == 1 || x.numel() == 0, "transposed: the rows of x must be contiguous, got a stride of ",
+                  x.stride(1));
   const int64_t rows = x.size(0), columns = x.size(1), ld = x.stride(0);
   Tensor y = torch::stable::new_empty(x, {columns, rows});
   const float* from = static_cast<const float*>(x.const_data_ptr());
   float* to = static_cast<float*>(y.mutable_data_ptr());
   // Strips of kLine rows of x: each reads whole rows, and writes whole lines of y.
-  const int64_t strips = (rows + kLine - 1) / kLine, grain = std::max<int64_t>(1, kGrain / (kLine * std::max<int64_t>(columns, 1)));
-  torch::stable::parallel_for(0, strips, grain, [&](int64_t first, int64_t last) {
+  const int64_t strips = (rows + kLine - 1) / kLine, strip_size = kLine * std::max<int64_t>(columns, 1);
+  torch::stable::parallel_for(0, strips, std::max<int64_t>(1, kGrain / strip_size), [&](int64_t first, int64_t last) {
     for (int64_t strip = first; strip < last; ++strip) {
       const int64_t r = strip * kLine, height = std::min(kLine, rows - r);
       for (int64_t c = 0; c < columns; c += kLine)

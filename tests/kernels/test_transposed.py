@@ -35,6 +35,12 @@ def test_nan_and_infinity_go_along():
     assert torch.equal(y.view(torch.int32), x.T.contiguous().view(torch.int32))
 
 
+def test_without_the_compiled_copy(monkeypatch):
+    monkeypatch.setattr("posmlp_kernels.transposed._COMPILED", False)
+    x = torch.randn(7, 5)
+    assert torch.equal(transposed(x), x.T) and transposed(x).is_contiguous()
+
+
 def test_it_is_no_part_of_a_graph():
     assert not transposed(torch.randn(4, 3, requires_grad=True)).requires_grad
 
