@@ -24,6 +24,27 @@ def is_eager_cpu(*tensors: Tensor | None) -> bool:
     )
 
 
+def is_compiled_cpu(*tensors: Tensor | None) -> bool:
+    """Whether all are ordinary CPU tensors in a trace of torch.compile that nothing else looks into."""
+    return (
+        torch.compiler.is_dynamo_compiling()
+        and _is_plain_trace()
+        and all(t is None or (type(t) in (Tensor, nn.Parameter) and t.is_cpu) for t in tensors)
+    )
+
+
+def _is_plain_trace() -> bool:
+    return (
+        not torch.compiler.is_exporting()
+        and not torch.is_autocast_enabled("cpu")
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
+    )
+
+
+_is_plain_trace._dynamo_marked_constant = True  # facts of the trace, which the trace need not record
+
+
 def has_hooks(*modules: nn.Module) -> bool:
     """Whether somebody watches what goes into or comes out of one of the modules, or their gradients."""
     return any(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from posmlp_kernels.transposed import transposed
 
-from .eager import is_eager_cpu
+from .eager import is_compiled_cpu, is_eager_cpu
 
 # Elsewhere the two libraries come out alike, or nobody has compared them.
 _PAYS = (
@@ -32,7 +32,8 @@ class Linear(nn.Linear):
 
     `plus`, of the output's shape, is added to it. A weight that is not wider than high lies in memory by
     columns, which oneDNN multiplies faster where x has few rows; its gradient comes out likewise.
-    Gradients of every order are right. What is no eager call on ordinary tensors meets `F.linear`.
+    Gradients of every order are right. What is neither an eager call on ordinary tensors nor traced by
+    `torch.compile` meets `F.linear`.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ def _onednn_serves(x: Tensor, weight: Tensor, bias: Tensor | None, plus: Tensor 
     return (
         _PAYS
         and torch.backends.mkldnn.enabled
-        and is_eager_cpu(x, weight, bias, plus)
+        and (is_eager_cpu(x, weight, bias, plus) or is_compiled_cpu(x, weight, bias, plus))
         and all(t is None or t.dtype == torch.float32 for t in (x, weight, bias, plus))
         and x.dim() > 1
         and x.numel() > 0
@@ -71,6 +72,8 @@ def _onednn_serves(x: Tensor, weight: Tensor, bias: Tensor | None, plus: Tensor 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None, plus: Tensor | None = None) -> Tensor:
     """`x @ weight.T + bias + plus` for `[..., K]` and `[N, K]`, any strides."""
+    if torch.compiler.is_compiling():
+        return torch.ops.posmlp.linear(x, weight, bias, plus)
     if weight.is_contiguous() and x.numel() >= _MANY_ROWS * x.shape[-1]:
         weight = transposed(weight).T
     if plus is not None:
@@ -100,6 +103,30 @@ class _OneDNNLinear(torch.autograd.Function):
 def _weight_gradient(rows: Tensor, drows: Tensor) -> Tensor:
     """`[M, K], [M, N] -> [N, K]`, in the weight's layout. oneDNN wants its first operand by rows, so that one
     of the two has to be transposed: the smaller one."""
+    if torch.compiler.is_compiling():
+        return torch.ops.posmlp.linear_weight_gradient(rows, drows)
     if rows.shape[1] <= drows.shape[1]:
         return _product(transposed(rows), drows.T).T
     return _product(transposed(drows), rows.T)
+
+
+# What torch.compile puts into its graphs for the two functions. Left to itself, Inductor would multiply through
+# MKL, or ask for weights that are constants.
+_library = torch.library.Library("posmlp", "DEF")
+_library.define("linear(Tensor x, Tensor weight, Tensor? bias, Tensor? plus) -> Tensor")
+_library.define("linear_weight_gradient(Tensor rows, Tensor drows) -> Tensor")
+_library.impl("linear", _product, "CPU")
+_library.impl("linear_weight_gradient", _weight_gradient, "CPU")
+
+
+@torch.library.register_fake("posmlp::linear", lib=_library)
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, plus: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+@torch.library.register_fake("posmlp::linear_weight_gradient", lib=_library)
+def _(rows: Tensor, drows: Tensor) -> Tensor:
+    width_in, width_out = rows.shape[1], drows.shape[1]
+    if width_in <= width_out:
+        return rows.new_empty(width_in, width_out).T
+    return rows.new_empty(width_out, width_in)

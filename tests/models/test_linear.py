@@ -113,6 +113,10 @@ def counted(layer, x):
     return y
 
 
+def compiled(function, **options):
+    return torch.compile(function, backend="aot_eager", fullgraph=True, **options)
+
+
 def with_tangent(layer, x):
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
@@ -130,7 +134,9 @@ ELSEWHERE = {
     "forward-mode gradients": with_tangent,
     "vmap": lambda layer, x: torch.vmap(layer)(x),
     "jit.trace": lambda layer, x: torch.jit.trace(layer, x, check_trace=False)(x),
-    "torch.compile": lambda layer, x: torch.compile(layer, backend="eager", fullgraph=True)(x),
+    "vmap inside torch.compile": lambda layer, x: compiled(lambda x: torch.vmap(layer)(x))(x),
+    "autocast inside torch.compile": lambda layer, x: compiled(lambda x: in_autocast(layer, x))(x),
+    "torch.func inside torch.compile": lambda layer, x: compiled(lambda x: torch.func.vjp(layer, x)[0])(x),
     "torch.export": lambda layer, x: torch.export.export(layer, (x,)).module()(x),
 }
 
@@ -146,6 +152,36 @@ def test_f_linear_where_it_must_be(where, products):
         F.linear(x, layer.weight, layer.bias),
         **({} if y.dtype == x.dtype else {"atol": 2e-2, "rtol": 2e-2}),
     )
+
+
+@needs_onednn
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("width", [96, 24])
+def test_torch_compile_leaves_the_products_to_onednn(width, bias, dynamic):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    layer = Linear(48, width, bias=bias)
+    whole = compiled(layer, dynamic=dynamic)
+    for batch in (2, 3):
+        x, plus = torch.randn(batch, 7, 5, 48), torch.randn(batch, 7, 5, width)
+        truth = values(copy.deepcopy(layer).double(), x.double(), F.linear)
+        with torch.profiler.profile() as profile:
+            ours = values(layer, x, lambda x, *_: whole(x))
+        names = [event.name for event in profile.events()]
+        assert names.count("mkldnn::_linear_pointwise") == 3
+        assert_no_worse(ours, values(layer, x, F.linear), truth)
+        with torch.no_grad():
+            torch.testing.assert_close(whole(x, plus=plus), layer(x, plus=plus))
+
+
+@pytest.mark.parametrize("width", [6, 12])
+def test_ops_are_what_they_say(width):
+    layer, x, plus = Linear(8, width), torch.randn(2, 3, 8), torch.randn(2, 3, width)
+    for bias, added in ((layer.bias.detach(), plus), (None, plus), (None, None)):
+        torch.library.opcheck(torch.ops.posmlp.linear, (x, layer.weight.detach(), bias, added))
+    rows, drows = x.flatten(0, 1), plus.flatten(0, 1)
+    torch.library.opcheck(torch.ops.posmlp.linear_weight_gradient, (rows, drows))
 
 
 def test_empty_and_mismatched_input():
