@@ -110,7 +110,7 @@ def _weight_gradient(rows: Tensor, drows: Tensor) -> Tensor:
     return _product(transposed(drows), rows.T)
 
 
-# What torch.compile puts into its graphs for the two functions. Left to itself, Inductor would multiply through
+# What torch.compile puts into its graphs for the two functions. Left to itself, Inductor would multiply by
 # MKL, or ask for weights that are constants.
 _library = torch.library.Library("posmlp", "DEF")
 _library.define("linear(Tensor x, Tensor weight, Tensor? bias, Tensor? plus) -> Tensor")
