@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from posmlp_kernels import PosSGU
 
+from .allocator import keep_freed_memory
 from .layers import EPS, AbsoluteEmbedding, Level, conv_stem, patch_stem
 
 POOLS = {"avg": lambda x: x.mean((2, 3)), "max": lambda x: x.amax((2, 3)), "": lambda x: x}
@@ -72,6 +73,7 @@ class PosMLP(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        keep_freed_memory()
         new = {"device": device, "dtype": dtype}
         dims = (dims,) if isinstance(dims, int) else tuple(dims)
         if not dims or min(dims) < 2:

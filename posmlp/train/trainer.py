@@ -83,7 +83,7 @@ class Trainer:
         self.ema = timm_utils.ModelEmaV3(model, recipe.ema) if recipe.ema else None
         self.parallel = world.parallel(model)  # after the copy: only the trained model needs others' images
         if compile:
-            # Near convolutions Inductor takes [B, H, W, C] for [B, C, H, W], and copies it into another layout.
+            # Near convolutions Inductor takes [B, H, W, C] for [B, C, H, W], and copies it by columns.
             on_cpu = world.device.type == "cpu"
             self.parallel.compile(options={"layout_optimization": False} if on_cpu else None)
         self.optimizer = make_optimizer(model, recipe, training.images_per_update)
