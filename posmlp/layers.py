@@ -18,7 +18,9 @@ from .folding import FoldingSequential
 from .linear import Linear
 
 EPS = 1e-6  # of every normalisation in the models
-HIDDEN_BYTES = 10 * 2**20  # of a block's hidden map in inference on a CPU; half and twice as much were slower
+HIDDEN_BYTES = (
+    10 * 2**20
+)  # of a hidden map in inference on a CPU; half as much was slower, twice as much no faster
 
 
 class DropPath(nn.Module):
@@ -104,8 +106,7 @@ class Block(nn.Module):
     """`x + DropPath(Dropout(W_s PosSGU(act(W_e LN(x)))))`, `[B, H, W, C] -> [B, H, W, C]` (PosMLP, fig. 3).
 
     The activation belongs to the gate, which applies it as it loads, so that no activated copy is stored.
-    `gate` holds the arguments of `PosSGU` that all blocks of a level share. On a CPU, inference goes through
-    a large batch a few images at a time: the wide hidden maps then stay in memory that is warm and reused.
+    `gate` holds the arguments of `PosSGU` that all blocks of a level share.
     """
 
     def __init__(
@@ -121,12 +122,6 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        images = self._images_at_once(x)
-        if images < x.shape[0]:
-            y = torch.empty_like(x)
-            for part, out in zip(x.split(images), y.split(images), strict=True):
-                torch.add(part, self._branch(part), out=out)
-            return y
         if self._adds_on_the_way_out():
             return self.fc2(self._mixed(x), plus=x)
         return x + self._branch(x)
@@ -147,18 +142,14 @@ class Block(nn.Module):
             and not has_hooks(fc2, drop, drop_path)
         )
 
-    def _images_at_once(self, x: Tensor) -> int:
-        if self.training or torch.is_grad_enabled() or not is_eager_cpu(x) or has_hooks(*self.children()):
-            return x.shape[0]
-        bytes_per_image = x.shape[1] * x.shape[2] * self.gate.dim * x.element_size()
-        return max(1, HIDDEN_BYTES // max(1, bytes_per_image))
-
 
 class Level(nn.Module):
     """Blocks at one resolution, behind a downsampling from `dim_in`: `[B, C, H, W] -> [B, C', H', W']`.
 
     Both ends are views of a channels-last map `[B, H, W, C]`, which is what the blocks work on. There is a
-    block for each of `drop_paths`; with `shift` every second one moves its windows by half a window.
+    block for each of `drop_paths`; with `shift` every second one moves its windows by half a window. On a
+    CPU, inference takes a large batch through the blocks a few images at a time: what they pass on, and the
+    wide hidden maps above all, then stays in caches and in memory that is warm.
     """
 
     def __init__(
@@ -182,16 +173,42 @@ class Level(nn.Module):
                 for i, drop_path in enumerate(drop_paths)
             )
         )
+        self.hidden = int(dim * ratio)
         self.grad_checkpointing = False
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.downsample(x).permute(0, 2, 3, 1).contiguous()  # no copy: convolutions keep channels last
+        images = self._images_at_once(x)
+        if images < x.shape[0]:
+            x = torch.cat([self._through_blocks(part) for part in x.split(images)])
+        else:
+            x = self._through_blocks(x)
+        return x.permute(0, 3, 1, 2)
+
+    def _through_blocks(self, x: Tensor) -> Tensor:
         for block in self.blocks:
             if self.grad_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, use_reentrant=False)
             else:
                 x = block(x)
-        return x.permute(0, 3, 1, 2)
+        return x
+
+    def _images_at_once(self, x: Tensor) -> int:
+        if torch.is_grad_enabled() or not is_eager_cpu(x):
+            return x.shape[0]
+        images = max(1, HIDDEN_BYTES // max(1, x.shape[1] * x.shape[2] * self.hidden * x.element_size()))
+        if images < x.shape[0] and not self._takes_images_alone():
+            return x.shape[0]
+        return images
+
+    def _takes_images_alone(self) -> bool:
+        """Whether nothing in the blocks can tell how many images come together, and nobody counts them."""
+        modules = list(self.blocks.modules())
+        return (
+            all(type(block) is Block for block in self.blocks)
+            and not any(module.training for module in modules)
+            and not has_hooks(*modules)
+        )
 
 
 def make_activation(name: str) -> nn.Module:
