@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from posmlp import folding
 from posmlp.layers import conv_stem
 from posmlp_kernels.testing import assert_no_worse
 
@@ -100,3 +101,48 @@ def test_low_precision_is_not_folded(stem, x, monkeypatch):
 def test_names_are_those_of_the_parts():
     names = {name.rsplit(".", 1)[0] for name in conv_stem(3, 16, "gelu").state_dict()}
     assert names == {"conv1", "norm1", "conv2", "norm2", "conv3", "norm3"}
+
+
+@pytest.fixture
+def activations(monkeypatch):
+    """A list that grows with every GELU that is a step of its own."""
+    calls, activate = [], nn.GELU.forward
+    monkeypatch.setattr(nn.GELU, "forward", lambda self, x: calls.append(1) or activate(self, x))
+    return calls
+
+
+needs_onednn = pytest.mark.skipif(not folding._ACTIVATES, reason="this torch has no such convolution")
+
+
+@needs_onednn
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_inference_activates_on_the_way_out(stem, x, layout, activations):
+    x = x.contiguous(memory_format=layout)
+    truth = plain(copy.deepcopy(stem).double(), x.double())
+    with torch.inference_mode():
+        wanted = plain(stem, x)
+        del activations[:]
+        found = stem(x)
+    assert not activations and found.stride() == wanted.stride()
+    assert_no_worse({"y": found}, {"y": wanted}, {"y": truth.detach()}, factor=4)
+    with torch.no_grad():
+        assert stem(x[:0]).shape == (0, *found.shape[1:])
+        with pytest.raises(RuntimeError, match="expected input"):
+            stem(x[:, :2])
+
+
+@needs_onednn
+def test_whoever_looks_into_it_sees_the_activations(stem, x, activations):
+    stem(x)  # its gradient
+    assert len(activations) == 2
+    with torch.no_grad():
+        copy.deepcopy(stem).double()(x.double())
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            stem(x)
+        with torch.backends.mkldnn.flags(enabled=False):
+            stem(x)
+        assert len(activations) == 8
+        stem.act1.register_forward_hook(lambda module, inputs, y: None)
+        stem.act2.approximate = "tanh"
+        stem(x)
+    assert len(activations) == 10
