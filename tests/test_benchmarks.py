@@ -244,6 +244,9 @@ def test_targets_of_models():
     assert (compiled.value, compiled.bound) == (6 / 7, 0.95)
     assert (faster.value, faster.bound, faster.best, faster.holds) == (2.5, 2.2, 3, True)
     assert (memory.value, memory.bound, memory.holds) == (0.75, 0.6, False)
+    row["times"][f"{targets.OURS}, compiled"] = {"median": 5}
+    eager, compiled, *_ = targets.model_targets(CPU_RUN | {"rows": [row]})
+    assert (eager.value, compiled.value, compiled.best) == (0.75, 5 / 7, None)
     row["times"][targets.GATELESS] = {"median": 4}
     eager, _, faster, _ = targets.model_targets(CPU_RUN | {"rows": [row]})
     assert (eager.best, faster.best) == (0.5, 3.75)
