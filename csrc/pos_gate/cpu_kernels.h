@@ -14,6 +14,16 @@ namespace {
 
 #include "cpu_gemm.h"
 
+#include "cpu_weights.h"
+
+#ifdef POSMLP_AMX
+#include "cpu_packing_amx.h"
+#else
+#include "cpu_packing.h"
+#endif
+
+#include "cpu_mixing_gradient.h"
+
 #include "cpu_mixing.h"
 
 #include "cpu_workspace.h"

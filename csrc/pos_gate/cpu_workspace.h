@@ -25,7 +25,7 @@ struct Workspace {
   }
   void release_if_large() {
     constexpr size_t kKeptBytes = size_t(64) << 20;
-    size_t bytes = (storage.size() + mixing.dense.size() + operands.size()) * sizeof(A);
+    size_t bytes = (storage.size() + mixing.weights.dense.size() + operands.size()) * sizeof(A);
     for (const auto& group : groups) bytes += group.rows.bytes() + group.columns.bytes();
     if (bytes > kKeptBytes) *this = Workspace();
   }

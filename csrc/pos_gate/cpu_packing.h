@@ -1,0 +1,139 @@
+// P as the products read it: runs of steps whose weights lie side by side.
+//
+// Tiles of queries whose tokens lie side by side find their weights in the table itself, or its mirror image, and need no
+// copy of them; other tiles have weights of their own.
+// No include guard: every instruction set compiles this text anew, inside its own namespace and target options.
+
+struct PackingBuffers {
+  std::vector<double> entries, peak, row_peak;
+};
+
+// E: what the products multiply.
+template <class A, class E>
+class Packing {
+ public:
+  Packing(const Call& call, const Weights<A>& weights, PackingBuffers& buffers)
+      : table_size_(call.shape.table_size()), weights_(weights), b_(buffers) {}
+
+  template <bool kRows>
+  void pack(Packed<E>& packed) {
+    const int64_t tokens = window().tokens, *place = window().place.data();
+    packed.clear();
+    if (weights_.shared()) share_table<kRows>(packed);
+    for (int64_t first = 0; first < tokens; first += kTileRows) {
+      const int64_t rows = std::min<int64_t>(kTileRows, tokens - first), last = first + rows - 1;
+      if (weights_.shared() && rows == kTileRows && place[last] == place[first] + rows - 1)
+        pack_shared<kRows>(packed, first);
+      else
+        pack_tile<kRows>(packed, first, rows);
+      packed.end_tile();
+    }
+  }
+
+ private:
+  static constexpr int64_t kDepth = kDepthOf<E>;
+
+  const Window& window() const { return weights_.window(); }
+
+  // The table, for tiles whose tokens lie side by side along the last dimension: their weights do so too, in the table's
+  // mirror image for queries, in the table itself for keys. Of a pair the second is that of the next token, one before.
+  template <bool kRows>
+  void share_table(Packed<E>& packed) {
+    const int64_t size = table_size_, shared = round_up(size, kDoubles) + kDoubles;
+    const double* weight = weights_.weight();
+    make_room(b_.entries, 1 + size);
+    double* entries = b_.entries.data() + 1;  // behind a zero
+    entries[-1] = 0;
+    if (kRows)
+      std::reverse_copy(weight, weight + size, entries);
+    else
+      std::copy(weight, weight + size, entries);
+    packed.weights.resize(shared);
+    for (int64_t e = 0; e < shared; e += kDoubles)
+      store_operands(&packed.weights[e], load<double>(entries + e), load<double>(entries + e - 1));
+    find_peaks(entries, size);
+  }
+
+  // The largest |entry| among the kTileRows from each one on, and among those that a tile meets in a whole row of tokens.
+  void find_peaks(const double* entries, int64_t size) {
+    b_.peak.resize(size + kDoubles);  // there is room for it
+    for (size_t e = 0; e < b_.peak.size(); ++e)  // NaN is to be seen
+      b_.peak[e] = entries[e] == entries[e] ? std::abs(entries[e]) : std::numeric_limits<double>::infinity();
+    widen_peaks(b_.peak, 1, kTileRows);
+    b_.row_peak = b_.peak;
+    widen_peaks(b_.row_peak, kTileRows, kTileRows - 1 + window().cls.box[2]);
+  }
+
+  // Each is the largest of `reach` entries from there on, and becomes the largest of `wanted`.
+  static void widen_peaks(std::vector<double>& peaks, int64_t reach, int64_t wanted) {
+    double* const peak = peaks.data();
+    for (int64_t step; reach < wanted; reach += step) {
+      step = std::min(reach, wanted - reach);  // runs may overlap
+      for (int64_t e = 0; e + step < int64_t(peaks.size()); ++e) peak[e] = std::max(peak[e], peak[e + step]);
+    }
+  }
+
+  // A tile that finds its weights in the shared table. Of each row of the tokens that are summed over it takes what lies
+  // between the first and the last that count.
+  template <bool kRows>
+  void pack_shared(Packed<E>& packed, int64_t first) const {
+    const int64_t *place = window().place.data(), length = window().cls.box[2], origin = weights_.centre() + place[first];
+    const double *scale = weights_.scale(), *peak = b_.peak.data(), *row_peak = b_.row_peak.data();
+    const double largest = kRows ? *std::max_element(scale + first, scale + first + kTileRows) : weights_.largest_scale();
+    const double negligible = weights_.negligible();
+    const auto counts = [&](int64_t k) { return peak[origin - place[k]] * (kRows ? largest : scale[k]) > negligible; };
+    for (int64_t row = 0; row < window().tokens; row += length) {
+      int64_t from = row, to = row + length;
+      if (!(row_peak[origin - place[to - 1]] * largest > negligible)) continue;
+      while (from < to && !counts(from)) ++from;
+      if (from == to) continue;
+      while (!counts(to - 1)) --to;
+      // A pair of which one lies in another row has weights of its own.
+      int64_t step = from / kDepth, last = divide_up(to, kDepth);
+      if (step < divide_up(row, kDepth)) add_step<kRows>(packed, first, kTileRows, step++);
+      const int64_t inner = std::min(last, (row + length) / kDepth);
+      for (int64_t count; step < inner; step += count) {
+        count = std::min<int64_t>(inner - step, kMostSteps);
+        packed.add(origin - place[step * kDepth], step * kPanelOf<A>, count, -kDepth);
+      }
+      if (inner < last) add_step<kRows>(packed, first, kTileRows, inner);
+    }
+  }
+
+  template <bool kRows>
+  void pack_tile(Packed<E>& packed, int64_t first, int64_t rows) const {
+    for (int64_t step = 0; step * kDepth < window().tokens; ++step) add_step<kRows>(packed, first, rows, step);
+  }
+
+  // Adds a step with weights of its own, unless none counts or the tile has it already.
+  template <bool kRows>
+  void add_step(Packed<E>& packed, int64_t first, int64_t rows, int64_t step) const {
+    const int32_t row = int32_t(step * kPanelOf<A>);
+    Run* const run = packed.last_of_tile();
+    if (run && run->row + (run->count - 1) * kPanelOf<A> == row) return;
+    E weights[kTileRows] = {};
+    bool counts = false;
+    for (int64_t r = 0; r < rows; ++r) {
+      double pair[2] = {0, 0};
+      for (int64_t d = 0; d < std::min(kDepth, window().tokens - step * kDepth); ++d) {
+        const int64_t i = kRows ? first + r : step * kDepth + d, j = kRows ? step * kDepth + d : first + r;
+        pair[d] = weights_.weight_of(i, j);
+        counts |= !(std::abs(pair[d]) * (weights_.shared() ? weights_.scale()[i] : 1) <= weights_.negligible());
+      }
+      weights[r] = operand<E>(pair[0], pair[1]);
+    }
+    if (!counts) return;
+    const int64_t at = int64_t(packed.weights.size());
+    packed.weights.insert(packed.weights.end(), weights, weights + kTileRows);
+    const bool follows = run && run->stride == kTileRows && run->count < kMostSteps &&
+                         run->at + run->count * kTileRows == at && run->row + run->count * kPanelOf<A> == row;
+    if (follows)
+      ++run->count;
+    else
+      packed.add(at, row, 1, kTileRows);
+  }
+
+  const int64_t table_size_;
+  const Weights<A>& weights_;
+  PackingBuffers& b_;
+};

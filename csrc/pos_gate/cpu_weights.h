@@ -1,0 +1,203 @@
+// The weights of the mixing matrix P of one group and window class.
+//
+// Token i of a window sits at place(i) in the strides of the table, so the table entry of query i and key j is
+// centre + place(j) - place(i). Without a free matrix, P(i, j) = weight(entry) * scale(i): weight is the table itself, or
+// e^(R - max R) with scale one over the row's sum under softmax. One exponential per table entry serves all N rows; that
+// few can be had in double, and must: an error in one would be the same in every row, and gradients of the table, which
+// sum over rows, would not average it out. P is never stored then.
+// With a free matrix, or where a row's keys all lie so far from the table's maximum that nothing is left of them, P is
+// `dense`, each row about its own maximum.
+//
+// Under softmax the weights of a row that are packed sum to 1 but for eps / 8 at most: the others cannot show in a
+// rounded result, and for a Gaussian a third of a window of 14 and two thirds of one of 24 are such.
+// No include guard: every instruction set compiles this text anew, inside its own namespace and target options.
+
+constexpr int kDoubles = VectorOf<double>::kLanes;
+
+// `count` values, with room for a vector to stick out: zeros.
+inline void make_room(std::vector<double>& values, int64_t count) {
+  values.resize(count + 2 * kDoubles);
+  std::fill(values.begin() + count, values.end(), 0.);
+}
+
+// Kept from call to call by each thread, so that no pages are faulted in again.
+template <class A>
+struct WeightBuffers {
+  std::vector<double> weight, scale, row, sums;
+  std::vector<A> dense;
+};
+
+template <class A>
+class Weights {
+ public:
+  // epsilon: of the results' type.
+  Weights(const Call& call, double epsilon, WeightBuffers<A>& buffers)
+      : call_(call), shape_(call.shape), epsilon_(epsilon), b_(buffers) {}
+
+  void prepare(const Window& window, int64_t group) {
+    window_ = &window;
+    table_ = at_group(call_.table, group, shape_.table_size());
+    centre_ = shape_.table_size() / 2;
+    negligible_ = call_.softmax ? epsilon_ / 8 / double(window.tokens) : 0;
+    factored_ = table_ && !call_.matrix && weigh_table() && scale_rows();
+    largest_scale_ = factored_ ? *std::max_element(b_.scale.begin(), b_.scale.begin() + window.tokens) : 1;
+    shared_ = factored_ && largest_scale_ < kMostShared;
+    if (!factored_) build_dense(group);
+  }
+
+  const Window& window() const { return *window_; }
+  int64_t centre() const { return centre_; }
+  // Whether P is made of a table's weights; otherwise it is `dense`.
+  bool factored() const { return factored_; }
+  // Whether products may read the table as it is: their results, or what they are given, lack the rows' scales.
+  bool shared() const { return shared_; }
+  double negligible() const { return negligible_; }  // what a weight of P must exceed to be packed
+  double largest_scale() const { return largest_scale_; }
+  const double* weight() const { return b_.weight.data(); }  // of each entry of the table
+  const double* scale() const { return b_.scale.data(); }    // of each query
+  const A* dense(int64_t i) const { return &b_.dense[i * window_->tokens]; }
+
+  // Of P; where the table is shared, without the scale of its row.
+  double weight_of(int64_t i, int64_t j) const {
+    if (!factored_) return double(b_.dense[i * window_->tokens + j]);
+    return b_.weight[centre_ + window_->place[j] - window_->place[i]] * (shared_ ? 1 : b_.scale[i]);
+  }
+
+  // Calls `run(key, entry, count)` for each run of keys whose entries for query i lie side by side.
+  template <class Run>
+  void for_each_run(int64_t i, Run&& run) const {
+    const int64_t *box = window_->cls.box, first = centre_ - window_->place[i];
+    int64_t key = 0;
+    for (int64_t j0 = 0; j0 < box[0]; ++j0)
+      for (int64_t j1 = 0; j1 < box[1]; ++j1, key += box[2]) run(key, first + window_->place[key], box[2]);
+  }
+
+ private:
+  // Of a scale: beyond it products of unscaled weights with small tokens would be flushed as subnormals.
+  static constexpr double kMostShared = 1e12;
+
+  static const A* at_group(const void* parameter, int64_t group, int64_t size) {
+    return parameter ? static_cast<const A*>(parameter) + group * size : nullptr;
+  }
+
+  // ---- from the table ----
+
+  static A largest_of(const A* values, int64_t count) {
+    constexpr int kLanes = VectorOf<A>::kLanes;
+    A largest = values[0];
+    if (count >= kLanes) {
+      Vec<A> vector = load<A>(values + count - kLanes);
+      for (int64_t i = 0; i + kLanes <= count; i += kLanes) {
+        const Vec<A> next = load<A>(values + i);
+        vector = next > vector ? next : vector;
+      }
+      for (int l = 0; l < kLanes; ++l) largest = vector[l] > largest ? vector[l] : largest;
+      return largest;
+    }
+    for (int64_t i = 1; i < count; ++i) largest = values[i] > largest ? values[i] : largest;
+    return largest;
+  }
+
+  bool weigh_table() {
+    const int64_t size = shape_.table_size();
+    make_room(b_.weight, size);
+    if (!call_.softmax) {
+      for (int64_t e = 0; e < size; ++e) b_.weight[e] = double(table_[e]);
+      return true;
+    }
+    const double maximum = double(largest_of(table_, size));
+    for (int64_t e = 0; e < size; ++e) b_.weight[e] = double(table_[e]) - maximum;
+    for (int64_t e = 0; e < size; e += kDoubles)
+      store(&b_.weight[e], exponential(load<double>(&b_.weight[e])));
+    std::fill(b_.weight.begin() + size, b_.weight.end(), 0.);
+    return true;
+  }
+
+  // One over the sum of each query's weights; false if a sum is too small to be divided by.
+  bool scale_rows() {
+    constexpr double kEnough = 1e-280;
+    const int64_t tokens = window_->tokens;
+    make_room(b_.scale, round_up(tokens, kTileRows));
+    if (!call_.softmax) {
+      std::fill_n(b_.scale.begin(), tokens, 1.);
+      return true;
+    }
+    sum_boxes();
+    for (int64_t i = 0; i < tokens; ++i) {
+      const double sum = b_.sums[centre_ + window_->place[0] - window_->place[i]];
+      if (!(sum >= kEnough)) return false;
+      b_.scale[i] = 1 / sum;
+    }
+    return true;
+  }
+
+  // The sum of each query's weights into `sums`, where its first key's entry is: its keys are a box of the table.
+  void sum_boxes() {
+    const View table = shape_.table_view();
+    b_.sums = b_.weight;
+    for (int d = 0; d < kRank; ++d) sum_runs(window_->cls.box[d], table.map[d]);
+  }
+
+  // Each of `sums` becomes the sum of `count` from there on, `stride` apart, made of sums of two, of four and so on.
+  void sum_runs(int64_t count, int64_t stride) {
+    if (count == 1) return;
+    b_.row.assign(b_.sums.size(), 0.);
+    for (int64_t run = 1, done = 0; done < count; run *= 2) {
+      if (count & run) {
+        add_shifted(b_.row, b_.sums, done * stride);
+        done += run;
+      }
+      if (done < count) add_shifted(b_.sums, b_.sums, run * stride);
+    }
+    b_.sums.swap(b_.row);
+  }
+  static void add_shifted(std::vector<double>& to, const std::vector<double>& from, int64_t shift) {
+    double* const sums = to.data();
+    const double *added = from.data() + shift, *const end = from.data() + from.size() - 2 * kDoubles;
+    for (int64_t e = 0; added + e < end; e += kDoubles) store(sums + e, load<double>(sums + e) + load<double>(added + e));
+  }
+
+  // ---- dense ----
+
+  void build_dense(int64_t group) {
+    const int64_t tokens = window_->tokens, n = shape_.window_tokens();
+    const A* matrix = at_group(call_.matrix, call_.matrix_per_group ? group : 0, n * n);
+    b_.dense.resize(tokens * tokens);
+    make_room(b_.row, tokens);
+    for (int64_t i = 0; i < tokens; ++i) {
+      std::fill(b_.row.begin(), b_.row.end(), 0.);
+      if (table_)
+        for_each_run(i, [&](int64_t key, int64_t at, int64_t count) {
+          for (int64_t c = 0; c < count; ++c) b_.row[key + c] = double(table_[at + c]);
+        });
+      if (matrix)
+        for (int64_t j = 0; j < tokens; ++j) b_.row[j] += double(matrix[window_->index[i] * n + window_->index[j]]);
+      if (call_.softmax) softmax_row();
+      for (int64_t j = 0; j < tokens; ++j) b_.dense[i * tokens + j] = A(b_.row[j]);
+    }
+  }
+
+  void softmax_row() {
+    const int64_t tokens = window_->tokens;
+    const double maximum = *std::max_element(b_.row.begin(), b_.row.begin() + tokens);
+    std::fill(b_.row.begin() + tokens, b_.row.end(), -std::numeric_limits<double>::infinity());
+    DoubleVec sums{};
+    for (int64_t j = 0; j < tokens; j += kDoubles) {
+      const DoubleVec weight = exponential(load<double>(&b_.row[j]) - maximum);
+      sums += weight;
+      store(&b_.row[j], weight);
+    }
+    const double inverse = 1 / sum_lanes<double>(sums);
+    for (int64_t j = 0; j < tokens; ++j) b_.row[j] *= inverse;
+  }
+
+  const Call& call_;
+  const Shape& shape_;
+  const double epsilon_;
+  WeightBuffers<A>& b_;
+  const Window* window_ = nullptr;
+  const A* table_ = nullptr;  // of the group at hand
+  int64_t centre_ = 0;
+  double negligible_ = 0, largest_scale_ = 1;
+  bool factored_ = false, shared_ = false;
+};
