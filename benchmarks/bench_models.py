@@ -237,7 +237,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--compile", nargs="*", choices=choices, help="what to compile; default: every model")
     made.add_argument("--no-compile", action="store_const", dest="compile", const=[], help="none")
     made.add_argument("--seconds", type=float, default=1.5, help="for each contender of a setting")
-    made.add_argument("--rounds", type=int, default=3, help="at least")
+    made.add_argument("--rounds", type=int, default=5, help="at least")
     made.add_argument("--limit", type=float, default=math.inf, help="seconds after which nothing is begun")
     made.add_argument("--out", type=Path, help="write the results as JSON")
     return made
