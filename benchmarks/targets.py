@@ -115,9 +115,8 @@ def _of_models(row: dict) -> Iterator[Target]:
         if rivals:
             ours = min(times[name] for name in (OURS, OURS + suffix) if name in times)
             what = f"{where}: time beside the faster of ConvNeXt-T and Swin-T, {how}"
-            # What is best was found in eager mode, and a compiler saves some of its overhead.
-            best_of_all = None if ours < times[OURS] else best / min(rivals)
-            yield at_most(what, ours / min(rivals), bound, best_of_all)
+            # `best` was found in eager mode, and a compiler saves some of that.
+            yield at_most(what, ours / min(rivals), bound, None if ours < times[OURS] else best / min(rivals))
     if ORIGINAL in times:
         original, bound = times[ORIGINAL], 2.2 if training else 3
         what = f"{where}: times as fast as the original"

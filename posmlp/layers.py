@@ -18,9 +18,7 @@ from .folding import FoldingSequential
 from .linear import Linear
 
 EPS = 1e-6  # of every normalisation in the models
-HIDDEN_BYTES = (
-    10 * 2**20
-)  # of a hidden map in inference on a CPU; half as much was slower, twice as much no faster
+HIDDEN_BYTES = 10 * 2**20  # of a hidden map in inference on a CPU; half was slower, twice no faster
 
 
 class DropPath(nn.Module):

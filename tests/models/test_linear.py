@@ -175,6 +175,7 @@ def test_torch_compile_leaves_the_products_to_onednn(width, bias, dynamic):
             torch.testing.assert_close(whole(x, plus=plus), layer(x, plus=plus))
 
 
+@needs_onednn
 @pytest.mark.parametrize("width", [6, 12])
 def test_ops_are_what_they_say(width):
     layer, x, plus = Linear(8, width), torch.randn(2, 3, 8), torch.randn(2, 3, width)
