@@ -14,35 +14,42 @@ def is_eager_cpu(*tensors: Tensor | None) -> bool:
     as counters of operations or fake tensors. They are to meet the operations that a module stands for.
     """
     return (
-        all(t is None or (type(t) in (Tensor, nn.Parameter) and t.is_cpu) for t in tensors)
+        _are_plain(tensors)
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
-        and not torch.is_autocast_enabled("cpu")
         and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and forward_ad._current_level < 0
+        and _nothing_is_changed()
     )
 
 
-def is_compiled_cpu(*tensors: Tensor | None) -> bool:
-    """Whether all are ordinary CPU tensors in a trace of torch.compile that nothing else looks into."""
-    return (
+def is_eager_or_compiled_cpu(*tensors: Tensor | None) -> bool:
+    """The same, but for torch.compile, which may see what is written for the CPU at hand; export may not."""
+    return is_eager_cpu(*tensors) or (
         torch.compiler.is_dynamo_compiling()
-        and _is_plain_trace()
-        and all(t is None or (type(t) in (Tensor, nn.Parameter) and t.is_cpu) for t in tensors)
+        and not _is_exporting()
+        and _nothing_is_changed()
+        and _are_plain(tensors)
     )
 
 
-def _is_plain_trace() -> bool:
+def _is_exporting() -> bool:
+    return torch.compiler.is_exporting()
+
+
+def _are_plain(tensors: tuple[Tensor | None, ...]) -> bool:
+    return all(t is None or (type(t) in (Tensor, nn.Parameter) and t.is_cpu) for t in tensors)
+
+
+def _nothing_is_changed() -> bool:
     return (
-        not torch.compiler.is_exporting()
-        and not torch.is_autocast_enabled("cpu")
+        not torch.is_autocast_enabled("cpu")
         and torch._C._functorch.peek_interpreter_stack() is None
         and forward_ad._current_level < 0
     )
 
 
-_is_plain_trace._dynamo_marked_constant = True  # facts of the trace, which the trace need not record
+# Facts of a trace, which it need not record.
+_is_exporting._dynamo_marked_constant = _nothing_is_changed._dynamo_marked_constant = True
 
 
 def has_hooks(*modules: nn.Module) -> bool:

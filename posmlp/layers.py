@@ -13,11 +13,12 @@ from torch.utils.checkpoint import checkpoint
 
 from posmlp_kernels import PosSGU
 
-from .eager import has_hooks, is_compiled_cpu, is_eager_cpu
+from .eager import has_hooks, is_eager_cpu, is_eager_or_compiled_cpu
 from .folding import FoldingSequential
 from .linear import Linear
 
 EPS = 1e-6  # of every normalisation in the models
+_ONEDNN = torch.backends.mkldnn.is_available()
 HIDDEN_BYTES = 10 * 2**20  # of a hidden map in inference on a CPU; half was slower, twice no faster
 
 
@@ -91,8 +92,8 @@ class PatchConv(nn.Conv2d):
 class Downsample(nn.Module):
     """Joins two levels, a depth-wise 3x3 convolution and a LayerNorm: `[B, C, H, W] -> [B, C', H/2, W/2]`.
 
-    oneDNN is several times faster where a depth-wise convolution makes one channel of one: on a CPU there is
-    a convolution for the first channel that each input channel makes, one for the second, and so on.
+    oneDNN is faster where a depth-wise convolution makes one channel of one: on a CPU there is a convolution
+    for the first channel that each input channel makes, one for the second, and so on.
     """
 
     def __init__(self, dim_in: int, dim_out: int, **new: Any) -> None:
@@ -106,24 +107,22 @@ class Downsample(nn.Module):
 
     def _convolved_by_parts(self, x: Tensor) -> Tensor:
         conv, parts = self.conv, self.conv.out_channels // self.conv.in_channels
-        maps = [
-            F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups).permute(
-                0, 2, 3, 1
-            )
-            for weight, bias in ((conv.weight[i::parts], conv.bias[i::parts]) for i in range(parts))
-        ]
-        return torch.stack(maps, -1).flatten(3)
+        places = (conv.stride, conv.padding, conv.dilation, conv.groups)
+        maps = [F.conv2d(x, conv.weight[i::parts], conv.bias[i::parts], *places) for i in range(parts)]
+        return torch.stack([y.permute(0, 2, 3, 1) for y in maps], -1).flatten(3)
 
     def _has_parts(self, x: Tensor) -> bool:
         conv = self.conv
         return (
-            type(conv) is nn.Conv2d
+            _ONEDNN
+            and torch.backends.mkldnn.enabled
+            and type(conv) is nn.Conv2d
             and conv.out_channels > conv.in_channels == conv.groups
             and conv.bias is not None
             and conv.padding_mode == "zeros"
             and x.dtype == conv.weight.dtype == torch.float32
             and not has_hooks(conv)
-            and (is_eager_cpu(x, conv.weight, conv.bias) or is_compiled_cpu(x, conv.weight, conv.bias))
+            and is_eager_or_compiled_cpu(x, conv.weight, conv.bias)
         )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from posmlp_kernels.transposed import transposed
 
-from .eager import is_compiled_cpu, is_eager_cpu
+from .eager import is_eager_or_compiled_cpu
 
 # Elsewhere the two libraries come out alike, or nobody has compared them.
 _PAYS = (
@@ -61,7 +61,7 @@ def _onednn_serves(x: Tensor, weight: Tensor, bias: Tensor | None, plus: Tensor 
     return (
         _PAYS
         and torch.backends.mkldnn.enabled
-        and (is_eager_cpu(x, weight, bias, plus) or is_compiled_cpu(x, weight, bias, plus))
+        and is_eager_or_compiled_cpu(x, weight, bias, plus)
         and all(t is None or t.dtype == torch.float32 for t in (x, weight, bias, plus))
         and x.dim() > 1
         and x.numel() > 0

@@ -41,6 +41,10 @@ def convolutions(monkeypatch):
     return calls
 
 
+needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="there is no oneDNN")
+
+
+@needs_onednn
 @pytest.mark.parametrize("widths", [(12, 24), (8, 24), (6, 6)], ids=str)
 @pytest.mark.parametrize("size", [(1, 1), (7, 10)], ids=str)
 def test_the_same_numbers_gradients_and_layout(widths, size, convolutions):
@@ -63,10 +67,12 @@ def test_in_one_piece_where_somebody_looks(convolutions):
         module(x)
     torch.vmap(module)(x.unsqueeze(0))
     copy.deepcopy(module).double()(x.double())
-    assert len(convolutions) == 3
+    with torch.backends.mkldnn.flags(enabled=False):
+        module(x)
+    assert len(convolutions) == 4
     module.conv.register_forward_hook(lambda module, inputs, y: None)
     module(x)
-    assert len(convolutions) == 4
+    assert len(convolutions) == 5
     exported = torch.export.export(made(6, 12), (x,)).graph
     assert len([node for node in exported.nodes if "aten.conv" in str(node.target)]) == 1
 
@@ -82,11 +88,15 @@ def test_replaced_convolutions_are_called():
         assert torch.equal(module(x), plain(module, x))
 
 
+@needs_onednn
 def test_compiled():
     torch._dynamo.reset()
     module, x = made(6, 12), image(2, 6, 5, 5)
     whole = torch.compile(module, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(whole(x), module(x))
+    with torch.profiler.profile() as profile:
+        whole(x)
+    assert [event.name for event in profile.events()].count("aten::convolution") == 2
 
 
 def test_wrong_widths_are_told():

@@ -280,3 +280,14 @@ def test_accumulated_batches_make_one_update(settings, tmp_path):
         weights.append(load_file(Path(out) / "last.safetensors"))
     for name in weights[0]:
         torch.testing.assert_close(weights[0][name], weights[1][name], rtol=1e-3, atol=1e-5)
+
+
+def test_compiles_the_model_without_another_layout(settings, monkeypatch):
+    """On a CPU, where Inductor's change of layouts copies the maps."""
+    given = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: given.append(options))
+    for compile in (False, True):
+        recipe = settings.recipe.changed(epochs=1)
+        out = f"{settings.out}-{compile}"
+        train(dataclasses.replace(settings, recipe=recipe, out=out, compile=compile))
+    assert given == [{"options": {"layout_optimization": False}}]
