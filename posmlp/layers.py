@@ -1,25 +1,19 @@
-"""What PosMLP is made of around its gate: stems, downsampling, the block and the level."""
+"""What PosMLP is made of around its blocks: stems, downsampling, stochastic depth."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from posmlp_kernels import PosSGU
-
-from .eager import has_hooks, is_eager_cpu, is_eager_or_compiled_cpu
+from .eager import has_hooks, is_eager_or_compiled_cpu
 from .folding import FoldingSequential
-from .linear import Linear
 
 EPS = 1e-6  # of every normalisation in the models
 _ONEDNN = torch.backends.mkldnn.is_available()
-HIDDEN_BYTES = 10 * 2**20  # of a hidden map in inference on a CPU; half was slower, twice no faster
 
 
 class DropPath(nn.Module):
@@ -126,121 +120,8 @@ class Downsample(nn.Module):
         )
 
 
-class Block(nn.Module):
-    """`x + DropPath(Dropout(W_s PosSGU(act(W_e LN(x)))))`, `[B, H, W, C] -> [B, H, W, C]` (PosMLP, fig. 3).
-
-    The activation belongs to the gate, which applies it as it loads, so that no activated copy is stored.
-    `gate` holds the arguments of `PosSGU` that all blocks of a level share.
-    """
-
-    def __init__(
-        self, dim: int, ratio: float, *, gate: dict[str, Any], drop: float, drop_path: float, **new: Any
-    ) -> None:
-        super().__init__()
-        hidden = int(dim * ratio)
-        self.norm = nn.LayerNorm(dim, eps=EPS, **new)
-        self.fc1 = Linear(dim, hidden, **new)
-        self.gate = PosSGU(hidden, **gate, **new)
-        self.fc2 = Linear(hidden // 2, dim, **new)
-        self.drop = nn.Dropout(drop)
-        self.drop_path = DropPath(drop_path)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self._adds_on_the_way_out():
-            return self.fc2(self._mixed(x), plus=x)
-        return x + self._branch(x)
-
-    def _mixed(self, x: Tensor) -> Tensor:
-        return self.gate(self.fc1(self.norm(x)))
-
-    def _branch(self, x: Tensor) -> Tensor:
-        return self.drop_path(self.drop(self.fc2(self._mixed(x))))
-
-    def _adds_on_the_way_out(self) -> bool:
-        """Whether the last linear layer may add the input: nothing happens, or is seen, in between."""
-        fc2, drop, drop_path = self.fc2, self.drop, self.drop_path
-        return (
-            (type(fc2), type(drop), type(drop_path)) == (Linear, nn.Dropout, DropPath)  # nobody's own
-            and not (drop.training and drop.p)
-            and not (drop_path.training and drop_path.rate)
-            and not has_hooks(fc2, drop, drop_path)
-        )
-
-
-class Level(nn.Module):
-    """Blocks at one resolution, behind a downsampling from `dim_in`: `[B, C, H, W] -> [B, C', H', W']`.
-
-    Both ends are views of a channels-last map `[B, H, W, C]`, which is what the blocks work on. There is a
-    block for each of `drop_paths`; with `shift` every second one moves its windows by half a window. On a
-    CPU, inference takes a large batch through the blocks a few images at a time: what they pass on, and the
-    wide hidden maps above all, then stays in caches and in memory that is warm.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        ratio: float,
-        *,
-        dim_in: int | None,
-        gate: dict[str, Any],
-        shift: bool,
-        drop: float,
-        drop_paths: Sequence[float],
-        **new: Any,
-    ) -> None:
-        super().__init__()
-        self.downsample = nn.Identity() if dim_in is None else Downsample(dim_in, dim, **new)
-        gates = (gate, gate | {"shift": _half(gate["window"])} if shift else gate)
-        self.blocks = nn.Sequential(
-            *(
-                Block(dim, ratio, gate=gates[i % 2], drop=drop, drop_path=drop_path, **new)
-                for i, drop_path in enumerate(drop_paths)
-            )
-        )
-        self.hidden = int(dim * ratio)
-        self.grad_checkpointing = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.downsample(x).permute(0, 2, 3, 1).contiguous()  # no copy: convolutions keep channels last
-        images = self._images_at_once(x)
-        if images < x.shape[0]:
-            x = torch.cat([self._through_blocks(part) for part in x.split(images)])
-        else:
-            x = self._through_blocks(x)
-        return x.permute(0, 3, 1, 2)
-
-    def _through_blocks(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
-        return x
-
-    def _images_at_once(self, x: Tensor) -> int:
-        if torch.is_grad_enabled() or not is_eager_cpu(x):
-            return x.shape[0]
-        images = max(1, HIDDEN_BYTES // max(1, x.shape[1] * x.shape[2] * self.hidden * x.element_size()))
-        if images < x.shape[0] and not self._takes_images_alone():
-            return x.shape[0]
-        return images
-
-    def _takes_images_alone(self) -> bool:
-        """Whether nothing in the blocks can tell how many images come together, and nobody counts them."""
-        modules = list(self.blocks.modules())
-        return (
-            all(type(block) is Block for block in self.blocks)
-            and not any(module.training for module in modules)
-            and not has_hooks(*modules)
-        )
-
-
 def make_activation(name: str) -> nn.Module:
     """The module of one of `PosSGU`'s activations."""
     if name == "none":
         return nn.Identity()
     return nn.GELU(approximate="tanh" if name == "gelu_tanh" else "none")
-
-
-def _half(window: int | Sequence[int]) -> int | tuple[int, ...]:
-    return window // 2 if isinstance(window, int) else tuple(side // 2 for side in window)

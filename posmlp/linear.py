@@ -54,13 +54,17 @@ class Linear(nn.Linear):
             return y if plus is None else plus + y
         if torch.is_grad_enabled():
             return _OneDNNLinear.apply(x, self.weight, self.bias, plus)
-        return _product(x, self.weight, self.bias, plus)
+        return product(x, self.weight, self.bias, plus)
+
+
+def pays() -> bool:
+    """Whether oneDNN multiplies, as far as machine and settings decide it."""
+    return _PAYS and torch.backends.mkldnn.enabled
 
 
 def _onednn_serves(x: Tensor, weight: Tensor, bias: Tensor | None, plus: Tensor | None) -> bool:
     return (
-        _PAYS
-        and torch.backends.mkldnn.enabled
+        pays()
         and is_eager_or_compiled_cpu(x, weight, bias, plus)
         and all(t is None or t.dtype == torch.float32 for t in (x, weight, bias, plus))
         and x.dim() > 1
@@ -70,7 +74,7 @@ def _onednn_serves(x: Tensor, weight: Tensor, bias: Tensor | None, plus: Tensor 
     )
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None, plus: Tensor | None = None) -> Tensor:
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, plus: Tensor | None = None) -> Tensor:
     """`x @ weight.T + bias + plus` for `[..., K]` and `[N, K]`, any strides."""
     if torch.compiler.is_compiling():
         return torch.ops.posmlp.linear(x, weight, bias, plus)
@@ -85,7 +89,7 @@ class _OneDNNLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, plus: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _product(x, weight, bias, plus)
+        return product(x, weight, bias, plus)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -95,7 +99,7 @@ class _OneDNNLinear(torch.autograd.Function):
         if torch.is_grad_enabled():  # somebody wants gradients of the gradients
             dx, dweight = dy @ weight, drows.T @ rows
         else:
-            dx = _product(dy, weight.T) if needs_x else None
+            dx = product(dy, weight.T) if needs_x else None
             dweight = _weight_gradient(rows, drows) if needs_weight else None
         return dx, dweight, drows.sum(0) if needs_bias else None, dy if needs_plus else None
 
@@ -106,8 +110,8 @@ def _weight_gradient(rows: Tensor, drows: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return torch.ops.posmlp.linear_weight_gradient(rows, drows)
     if rows.shape[1] <= drows.shape[1]:
-        return _product(transposed(rows), drows.T).T
-    return _product(transposed(drows), rows.T)
+        return product(transposed(rows), drows.T).T
+    return product(transposed(drows), rows.T)
 
 
 # What torch.compile puts into its graphs for the two functions. Left to itself, Inductor would multiply by
@@ -115,7 +119,7 @@ def _weight_gradient(rows: Tensor, drows: Tensor) -> Tensor:
 _library = torch.library.Library("posmlp", "DEF")
 _library.define("linear(Tensor x, Tensor weight, Tensor? bias, Tensor? plus) -> Tensor")
 _library.define("linear_weight_gradient(Tensor rows, Tensor drows) -> Tensor")
-_library.impl("linear", _product, "CPU")
+_library.impl("linear", product, "CPU")
 _library.impl("linear_weight_gradient", _weight_gradient, "CPU")
 
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from posmlp_kernels import PosSGU
 
 from .allocator import keep_freed_memory
-from .layers import EPS, AbsoluteEmbedding, Level, conv_stem, patch_stem
+from .blocks import Level
+from .layers import EPS, AbsoluteEmbedding, conv_stem, patch_stem
 
 POOLS = {"avg": lambda x: x.mean((2, 3)), "max": lambda x: x.amax((2, 3)), "": lambda x: x}
 

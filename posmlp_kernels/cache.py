@@ -43,16 +43,16 @@ def _has_own_values(tensor: Tensor) -> bool:
         return False
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return False
-    return tensor.device.type == "cpu" or not tensor.is_inference()  # inference tensors count no versions
+    return tensor.is_cpu or not tensor.is_inference()  # inference tensors count no versions
 
 
 def _stamp(tensor: Tensor) -> Tensor | tuple:
-    if tensor.device.type == "cpu":
+    if tensor.is_cpu:
         return tensor.detach().clone()
     return tensor.data_ptr(), tensor._version, tensor.device, tensor.dtype, tensor.shape
 
 
 def _unchanged(stamp: Tensor | tuple, tensor: Tensor) -> bool:
     if isinstance(stamp, Tensor):
-        return tensor.device.type == "cpu" and stamp.dtype == tensor.dtype and torch.equal(stamp, tensor)
-    return tensor.device.type != "cpu" and stamp == _stamp(tensor)
+        return tensor.is_cpu and stamp.dtype == tensor.dtype and torch.equal(stamp, tensor)
+    return not tensor.is_cpu and stamp == _stamp(tensor)

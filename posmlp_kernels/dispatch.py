@@ -112,13 +112,18 @@ def find_backend(name: str) -> Backend:
     raise ValueError(f"backend must be one of {', '.join(b.name for b in BACKENDS)}, got {name!r}")
 
 
+def asked_for(name: str | None) -> str | None:
+    """The back end that a call, or else the `use_backend` block around it, asks for by name."""
+    return name or (_forced.names[-1] if _forced.names else None)
+
+
 def choose(problem: Problem, name: str | None = None) -> Backend:
     """The back end that runs a problem.
 
     Raises: `ValueError` for an unknown name, `NotImplementedError` with every reason where the named one
         cannot serve.
     """
-    name = name or (_forced.names[-1] if _forced.names else None)
+    name = asked_for(name)
     if name is not None:
         backend = find_backend(name)
         reasons = backend.refusals(problem)
@@ -141,7 +146,7 @@ def choose_able(problem: Problem, names: Sequence[str], name: str | None = None)
     """
     if name is not None:
         find_backend(name)
-    forced = name or (_forced.names[-1] if _forced.names else None)
+    forced = asked_for(name)
     able = [b for b in BACKENDS if b.name in names and not b.refusals(problem)]
     for backend in able:
         if backend.name == forced:

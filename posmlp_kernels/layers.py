@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from .cache import ParameterCache
-from .dispatch import find_backend
+from .dispatch import asked_for, find_backend
 from .encodings import gqpe_isotropic_table, gqpe_table
 from .operator import pos_gate
+from .pos_gate import ops
+from .pos_gate.compiled import LOADED
 from .problem import ACTIVATIONS, as_tuple
 
 ENCODINGS = ("gqpe", "gqpe_isotropic", "lrpe", "lrpe_m", "sgu")
@@ -136,6 +138,16 @@ class PosSGU(nn.Module):
             )
         z = pos_gate(x.unflatten(1, self.window) if tokens_only else x, **self.gate_arguments())
         return z.flatten(1, -2) if tokens_only else z
+
+    def runs_compiled(self) -> bool:
+        """Whether `forward` comes to `run_compiled`, for a float32 map on the CPU."""
+        return self.norm is None and "cpu" in LOADED and asked_for(self.backend) in (None, "cpu")
+
+    def run_compiled(self, x: Tensor) -> Tensor:
+        """`forward` of a map in inference, by the CPU's op at once: what keeps its memory safe is checked."""
+        shift = tuple(s % w for s, w in zip(self.shift, self.window, strict=True))
+        settings = (self.window, shift, self.softmax, ACTIVATIONS.index(self.activation), -1.0)
+        return ops.overloads("cpu")[0](x, self.relative_table(), self.bias, self.matrix, None, None, *settings)
 
     def gate_arguments(self) -> dict[str, Any]:
         """What `pos_gate` and `explain` take besides `x`, by name."""

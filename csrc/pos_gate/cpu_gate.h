@@ -47,7 +47,6 @@ class Gate {
       gather_bias(window);
       for_each_panel(window, first_unit, last_unit, [&](int64_t) {
         find_group(window);
-        if (panel_.columns < kPanel) clear({{x1_, ld_ * kPanel}});
         load_x1(window, nullptr);
         forward_panel(window);
       });
@@ -323,15 +322,17 @@ class Gate {
         });
       }
     });
-    activate(window.tokens * kPanel, slopes);
+    activate(window.tokens, slopes);
     if (call_.norm_weight) normalise(window);
   }
 
-  void activate(int64_t count, A* slopes) const {
+  void activate(int64_t tokens, A* slopes) const {
     with_constant(call_.activation, [&](auto activation) {
       if (activation == Activation::none) return;
-      for (int64_t i = 0; i < count; i += kLanes)
-        store_activated<activation>(load<A>(x1_ + i), x1_ + i, slopes ? slopes + i : nullptr);
+      for_each_vector<A>(tokens, panel_.columns, [=, x1 = x1_](auto lanes, int64_t k, int64_t c) {
+        const int64_t at = k * kPanel + c;
+        store_activated<activation>(load<A, lanes>(x1 + at), x1 + at, slopes ? slopes + at : nullptr);
+      });
     });
   }
 

@@ -5,7 +5,7 @@
 template <class A>
 struct MixingBuffers {
   WeightBuffers<A> weights;
-  PackingBuffers packing;
+  PackingBuffers<A> packing;
   GradientBuffers gradient;
 };
 

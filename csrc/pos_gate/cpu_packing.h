@@ -4,15 +4,17 @@
 // copy of them; other tiles have weights of their own.
 // No include guard: every instruction set compiles this text anew, inside its own namespace and target options.
 
+template <class A>
 struct PackingBuffers {
-  std::vector<double> entries, peak, row_peak;
+  std::vector<double> entries;
+  std::vector<A> peak, row_peak;
 };
 
 // E: what the products multiply.
 template <class A, class E>
 class Packing {
  public:
-  Packing(const Call& call, const Weights<A>& weights, PackingBuffers& buffers)
+  Packing(const Call& call, const Weights<A>& weights, PackingBuffers<A>& buffers)
       : table_size_(call.shape.table_size()), weights_(weights), b_(buffers) {}
 
   template <bool kRows>
@@ -58,15 +60,15 @@ class Packing {
   void find_peaks(const double* entries, int64_t size) {
     b_.peak.resize(size + kDoubles);  // there is room for it
     for (size_t e = 0; e < b_.peak.size(); ++e)  // NaN is to be seen
-      b_.peak[e] = entries[e] == entries[e] ? std::abs(entries[e]) : std::numeric_limits<double>::infinity();
+      b_.peak[e] = A(entries[e] == entries[e] ? std::abs(entries[e]) : std::numeric_limits<double>::infinity());
     widen_peaks(b_.peak, 1, kTileRows);
     b_.row_peak = b_.peak;
     widen_peaks(b_.row_peak, kTileRows, kTileRows - 1 + window().cls.box[2]);
   }
 
   // Each is the largest of `reach` entries from there on, and becomes the largest of `wanted`.
-  static void widen_peaks(std::vector<double>& peaks, int64_t reach, int64_t wanted) {
-    double* const peak = peaks.data();
+  static void widen_peaks(std::vector<A>& peaks, int64_t reach, int64_t wanted) {
+    A* const peak = peaks.data();
     for (int64_t step; reach < wanted; reach += step) {
       step = std::min(reach, wanted - reach);  // runs may overlap
       for (int64_t e = 0; e + step < int64_t(peaks.size()); ++e) peak[e] = std::max(peak[e], peak[e + step]);
@@ -78,7 +80,8 @@ class Packing {
   template <bool kRows>
   void pack_shared(Packed<E>& packed, int64_t first) const {
     const int64_t *place = window().place.data(), length = window().cls.box[2], origin = weights_.centre() + place[first];
-    const double *scale = weights_.scale(), *peak = b_.peak.data(), *row_peak = b_.row_peak.data();
+    const double* scale = weights_.scale();
+    const A *peak = b_.peak.data(), *row_peak = b_.row_peak.data();
     const double largest = kRows ? *std::max_element(scale + first, scale + first + kTileRows) : weights_.largest_scale();
     const double negligible = weights_.negligible();
     const auto counts = [&](int64_t k) { return peak[origin - place[k]] * (kRows ? largest : scale[k]) > negligible; };
@@ -135,5 +138,5 @@ class Packing {
 
   const int64_t table_size_;
   const Weights<A>& weights_;
-  PackingBuffers& b_;
+  PackingBuffers<A>& b_;
 };

@@ -4,6 +4,7 @@
 // mirror image's, which are rounded once.
 // No include guard: every instruction set compiles this text anew, inside its own namespace and target options.
 
+template <class A>
 struct PackingBuffers {
   std::vector<Bfloat16> table, tile;
 };
@@ -11,7 +12,7 @@ struct PackingBuffers {
 template <class A, class E>
 class Packing {
  public:
-  Packing(const Call& call, const Weights<A>& weights, PackingBuffers& buffers)
+  Packing(const Call& call, const Weights<A>& weights, PackingBuffers<A>& buffers)
       : table_size_(call.shape.table_size()), weights_(weights), b_(buffers) {}
 
   template <bool kRows>
@@ -49,5 +50,5 @@ class Packing {
 
   const int64_t table_size_;
   const Weights<A>& weights_;
-  PackingBuffers& b_;
+  PackingBuffers<A>& b_;
 };

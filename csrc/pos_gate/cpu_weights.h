@@ -122,7 +122,8 @@ class Weights {
       std::fill_n(b_.scale.begin(), tokens, 1.);
       return true;
     }
-    sum_boxes();
+    b_.sums = b_.weight;
+    sum_boxes(b_.sums.data(), 0);
     for (int64_t i = 0; i < tokens; ++i) {
       const double sum = b_.sums[centre_ + window_->place[0] - window_->place[i]];
       if (!(sum >= kEnough)) return false;
@@ -131,30 +132,22 @@ class Weights {
     return true;
   }
 
-  // The sum of each query's weights into `sums`, where its first key's entry is: its keys are a box of the table.
-  void sum_boxes() {
-    const View table = shape_.table_view();
-    b_.sums = b_.weight;
-    for (int d = 0; d < kRank; ++d) sum_runs(window_->cls.box[d], table.map[d]);
-  }
-
-  // Each of `sums` becomes the sum of `count` from there on, `stride` apart, made of sums of two, of four and so on.
-  void sum_runs(int64_t count, int64_t stride) {
-    if (count == 1) return;
-    b_.row.assign(b_.sums.size(), 0.);
-    for (int64_t run = 1, done = 0; done < count; run *= 2) {
-      if (count & run) {
-        add_shifted(b_.row, b_.sums, done * stride);
-        done += run;
-      }
-      if (done < count) add_shifted(b_.sums, b_.sums, run * stride);
-    }
-    b_.sums.swap(b_.row);
-  }
-  static void add_shifted(std::vector<double>& to, const std::vector<double>& from, int64_t shift) {
-    double* const sums = to.data();
-    const double *added = from.data() + shift, *const end = from.data() + from.size() - 2 * kDoubles;
-    for (int64_t e = 0; added + e < end; e += kDoubles) store(sums + e, load<double>(sums + e) + load<double>(added + e));
+  // The sum of each query's weights, to where its first key's entry was: its keys are a box of the table. Along dimension
+  // d such a box ends the first half of the entries that the window reaches and begins the second, so that its sum is one
+  // of a suffix and a prefix.
+  void sum_boxes(double* sums, int d) const {
+    const int64_t stride = shape_.table_view().map[d], box = window_->cls.box[d];
+    sums += (shape_.window[d] - box) * stride;
+    const auto add = [&](int64_t to, int64_t from) {
+      double* const sum = sums + to * stride;
+      const double* const added = sums + from * stride;
+      for (int64_t e = 0; e < stride; ++e) sum[e] += added[e];
+    };
+    for (int64_t k = box - 2; k >= 0; --k) add(k, k + 1);
+    for (int64_t k = box + 1; k < 2 * box - 1; ++k) add(k, k - 1);
+    for (int64_t k = 1; k < box; ++k) add(k, k + box - 1);
+    if (d + 1 < kRank)
+      for (int64_t k = 0; k < box; ++k) sum_boxes(sums + k * stride, d + 1);
   }
 
   // ---- dense ----
