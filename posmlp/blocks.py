@@ -53,7 +53,7 @@ class Block(nn.Module):
     def is_plain(self, x: Tensor) -> bool:
         """Whether four operations are what inference comes to for maps like x, on a CPU in float32, if nobody
         looks: the parts are those that were made, and their parameters fit."""
-        norm, fc1, gate, fc2, *_ = parts = tuple(self._modules.values())
+        parts, fc1, gate, fc2 = self._modules.values(), self.fc1, self.gate, self.fc2
         return (
             tuple(map(type, parts)) == (nn.LayerNorm, Linear, PosSGU, Linear, nn.Dropout, DropPath)
             and gate.runs_compiled()
@@ -141,17 +141,17 @@ class Level(nn.Module):
     def _may_infer(self, x: Tensor) -> bool:
         """Whether nothing in the blocks can tell how many images come together, and nobody counts them."""
         return (
-            not torch.is_grad_enabled()
+            is_eager_cpu(x)  # first: torch.compile could not answer the others
+            and not torch.is_grad_enabled()
             and not torch.is_anomaly_enabled()
             and not _has_any_global_hook()
-            and is_eager_cpu(x)
             and all(type(block) is Block and _is_left_alone(block) for block in self.blocks)
         )
 
 
 def _is_left_alone(module: nn.Module) -> bool:
     """Whether all of a module infers, and nobody sees or changes what it does."""
-    if module.training or has_hooks(module) or "forward" in module.__dict__:
+    if module.training or has_hooks(module):
         return False
     return all(part is None or _is_left_alone(part) for part in module._modules.values())
 

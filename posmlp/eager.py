@@ -53,9 +53,11 @@ _is_exporting._dynamo_marked_constant = _nothing_is_changed._dynamo_marked_const
 
 
 def has_hooks(*modules: nn.Module) -> bool:
-    """Whether somebody watches what goes into or comes out of one of the modules, or their gradients."""
+    """Whether somebody watches what goes into or comes out of one of the modules, or their gradients, or has
+    put a function in the place of `forward`, as those do who fetch weights when they are wanted."""
     return any(
-        module._forward_hooks
+        "forward" in module.__dict__
+        or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks

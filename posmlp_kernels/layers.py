@@ -147,7 +147,8 @@ class PosSGU(nn.Module):
         """`forward` of a map in inference, by the CPU's op at once: what keeps its memory safe is checked."""
         shift = tuple(s % w for s, w in zip(self.shift, self.window, strict=True))
         settings = (self.window, shift, self.softmax, ACTIVATIONS.index(self.activation), -1.0)
-        return ops.overloads("cpu")[0](x, self.relative_table(), self.bias, self.matrix, None, None, *settings)
+        parameters = (self.relative_table(), self.bias, self.matrix, None, None)
+        return ops.overloads("cpu")[0](x, *parameters, *settings)
 
     def gate_arguments(self) -> dict[str, Any]:
         """What `pos_gate` and `explain` take besides `x`, by name."""

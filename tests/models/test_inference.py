@@ -1,9 +1,12 @@
-"""Inference a few images at a time, in levels whose hidden maps are large."""
+"""Inference on a CPU: a few images at a time where hidden maps are large, and by four operations a block."""
 
 import pytest
 import torch
+from torch import nn
 
-from posmlp import create_model, layers
+from posmlp import blocks, create_model
+from posmlp.blocks import Block
+from posmlp_kernels import backends, use_backend
 
 
 @pytest.fixture
@@ -23,10 +26,30 @@ def batches(level, monkeypatch):
     """The sizes of the batches that go through the level's last block, two images at most in inference."""
     block = level.blocks[-1]
     assert 6 * 5 * block.gate.dim * 4 == 23040
-    monkeypatch.setattr(layers, "HIDDEN_BYTES", 2 * 23040 + 1)
-    sizes, mixed = [], block._mixed
+    monkeypatch.setattr(blocks, "HIDDEN_BYTES", 2 * 23040 + 1)
+    sizes, mixed, infer = [], block._mixed, block.infer
     monkeypatch.setattr(block, "_mixed", lambda x: sizes.append(len(x)) or mixed(x))
+    monkeypatch.setattr(block, "infer", lambda x: sizes.append(len(x)) or infer(x))
     return sizes
+
+
+@pytest.fixture
+def operations(monkeypatch):
+    """A list that grows with every block that runs as four operations."""
+    calls, infer = [], Block.infer
+    monkeypatch.setattr(Block, "infer", lambda block, x: calls.append(block) or infer(block, x))
+    return calls
+
+
+needs_compiled = pytest.mark.skipif(
+    "cpu" not in backends() or not blocks.pays(), reason="no compiled back end, or no AVX-512"
+)
+
+
+def as_modules(level, x):
+    """What the level's modules make of a map, one after the other."""
+    x = level.downsample(x).permute(0, 2, 3, 1)
+    return level.blocks(x).permute(0, 3, 1, 2)
 
 
 def test_in_parts_as_in_one(level, x, batches):
@@ -40,7 +63,7 @@ def test_in_parts_as_in_one(level, x, batches):
 
 
 def test_an_image_that_is_larger_goes_alone(level, x, batches, monkeypatch):
-    monkeypatch.setattr(layers, "HIDDEN_BYTES", 1)
+    monkeypatch.setattr(blocks, "HIDDEN_BYTES", 1)
     with torch.no_grad():
         level(x)
     assert batches == [1] * 5
@@ -91,3 +114,71 @@ def test_whoever_looks_into_it_sees_the_whole_batch(level, x, batches):
         assert batches == [5, 5]
         exported = torch.export.export(level, (x,)).graph
         assert not [node for node in exported.nodes if "split" in str(node.target)]
+
+
+@needs_compiled
+@pytest.mark.parametrize("encoding", ["gqpe", "gqpe_isotropic", "lrpe", "lrpe_m"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_four_operations_give_the_modules_bits(encoding, bias, x, operations):
+    model = create_model("posmlp_nano", windows=4, shift=True, encoding=encoding, bias=bias).eval()
+    for level in model.levels:
+        with torch.no_grad():
+            wanted = as_modules(level, x)
+            assert torch.equal(level(x), wanted)
+        x = wanted
+    assert len(operations) == sum(model.depths)
+
+
+@needs_compiled
+@pytest.mark.parametrize(
+    "change", ["hook", "global hook", "forward", "part", "float64", "backend", "grad", "anomaly"]
+)
+def test_whoever_looks_or_changes_something_meets_the_modules(level, x, operations, change):
+    block, seen = level.blocks[0], []
+    with torch.no_grad():
+        wanted = as_modules(level, x)
+    if change == "hook":
+        block.norm.register_forward_pre_hook(lambda module, inputs: seen.append(module))
+    if change == "forward":  # as those do that load weights when they are wanted
+        forward = block.fc2.forward
+        block.fc2.forward = lambda *args, **more: seen.append(block.fc2) or forward(*args, **more)
+    if change == "part":
+        block.norm = nn.Sequential(block.norm)
+    if change == "float64":
+        level, x = level.double(), x.double()
+    if change == "backend":
+        block.gate.backend = "reference"
+    if change == "global hook":
+        handle = nn.modules.module.register_module_forward_hook(lambda module, *rest: seen.append(module))
+    with torch.set_grad_enabled(change == "grad"), torch.autograd.set_detect_anomaly(change == "anomaly"):
+        z = level(x)
+    if change == "global hook":
+        handle.remove()
+    torch.testing.assert_close(z, wanted.to(z.dtype), rtol=1e-5, atol=1e-6)
+    assert not operations and bool(seen) == (change in ("hook", "global hook", "forward"))
+
+
+@needs_compiled
+def test_a_back_end_that_is_asked_for_runs(level, x, operations):
+    with torch.no_grad(), use_backend("reference"):
+        level(x)
+    assert not operations
+    with torch.no_grad(), use_backend("cpu"):
+        level(x)
+    assert len(operations) == len(level.blocks)
+
+
+@pytest.mark.parametrize("part", ["fc1", "fc2"])
+def test_a_weight_that_does_not_fit_is_refused(level, x, part):
+    linear = getattr(level.blocks[0], part)
+    linear.weight = nn.Parameter(linear.weight[:, :-1])
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"shapes|size"):
+        level(x)
+
+
+def test_changed_parameters_count(level, x):
+    with torch.no_grad():
+        before = level(x)
+        level.blocks[0].gate.center.data += 0.5
+        torch.testing.assert_close(level(x), as_modules(level, x))
+        assert not torch.allclose(level(x), before)
