@@ -30,8 +30,8 @@ _MANY_ROWS = 1024
 class Linear(nn.Linear):
     """`[..., in_features] -> [..., out_features]`, in float32 on CPUs in less time than `nn.Linear` takes.
 
-    `plus`, of the output's shape, is added to it. A weight that is not wider than high lies in memory by
-    columns, which oneDNN multiplies faster where x has few rows; its gradient comes out likewise.
+    `plus`, of the output's shape, is added to it. The weight lies in memory by columns, which oneDNN
+    multiplies faster where x has few rows, and so does its gradient.
     Gradients of every order are right. What is neither an eager call on ordinary tensors nor traced by
     `torch.compile` meets `F.linear`.
     """
@@ -45,7 +45,7 @@ class Linear(nn.Linear):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
-        if _PAYS and in_features <= out_features:
+        if _PAYS:
             self.weight = nn.Parameter(self.weight.detach().T.contiguous().T)
 
     def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
@@ -105,13 +105,13 @@ class _OneDNNLinear(torch.autograd.Function):
 
 
 def _weight_gradient(rows: Tensor, drows: Tensor) -> Tensor:
-    """`[M, K], [M, N] -> [N, K]`, in the weight's layout. oneDNN wants its first operand by rows, so that one
-    of the two has to be transposed: the smaller one."""
+    """`[M, K], [M, N] -> [N, K]`, by columns. oneDNN wants its first operand by rows, so that one of the two
+    has to be transposed: the smaller one."""
     if torch.compiler.is_compiling():
         return torch.ops.posmlp.linear_weight_gradient(rows, drows)
     if rows.shape[1] <= drows.shape[1]:
         return product(transposed(rows), drows.T).T
-    return product(transposed(drows), rows.T)
+    return transposed(product(transposed(drows), rows.T)).T
 
 
 # What torch.compile puts into its graphs for the two functions. Left to itself, Inductor would multiply by
@@ -130,7 +130,4 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, plus: Tensor | None) -> Te
 
 @torch.library.register_fake("posmlp::linear_weight_gradient", lib=_library)
 def _(rows: Tensor, drows: Tensor) -> Tensor:
-    width_in, width_out = rows.shape[1], drows.shape[1]
-    if width_in <= width_out:
-        return rows.new_empty(width_in, width_out).T
-    return rows.new_empty(width_out, width_in)
+    return rows.new_empty(rows.shape[1], drows.shape[1]).T

@@ -238,7 +238,8 @@ def test_what_is_added_may_have_any_strides_and_is_broadcast():
 
 @needs_onednn
 def test_weights_lie_as_onednn_likes_them_and_gradients_likewise():
-    for layer, stride in ((Linear(6, 9), (1, 6 + 3)), (Linear(9, 6), (9, 1)), (Linear(7, 7), (1, 7))):
+    for layer in (Linear(6, 9), Linear(9, 6), Linear(7, 7)):
+        stride = (1, layer.out_features)
         assert layer.weight.stride() == stride
         layer(torch.randn(5, layer.in_features)).sum().backward()
         assert layer.weight.grad.stride() == stride  # else it would be copied
