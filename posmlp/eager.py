@@ -55,11 +55,13 @@ _is_exporting._dynamo_marked_constant = _nothing_is_changed._dynamo_marked_const
 def has_hooks(*modules: nn.Module) -> bool:
     """Whether somebody watches what goes into or comes out of one of the modules, or their gradients, or has
     put a function in the place of `forward`, as those do who fetch weights when they are wanted."""
-    return any(
-        "forward" in module.__dict__
-        or module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        for module in modules
-    )
+    for module in modules:
+        if (
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+            or "forward" in module.__dict__
+        ):
+            return True
+    return False
