@@ -14,7 +14,7 @@ from .dispatch import asked_for, find_backend
 from .encodings import gqpe_isotropic_table, gqpe_table
 from .operator import pos_gate
 from .pos_gate import ops
-from .pos_gate.compiled import LOADED
+from .pos_gate.compiled import cpu_unavailable
 from .problem import ACTIVATIONS, as_tuple
 
 ENCODINGS = ("gqpe", "gqpe_isotropic", "lrpe", "lrpe_m", "sgu")
@@ -141,7 +141,7 @@ class PosSGU(nn.Module):
 
     def runs_compiled(self) -> bool:
         """Whether `forward` comes to `run_compiled`, for a float32 map on the CPU."""
-        return self.norm is None and "cpu" in LOADED and asked_for(self.backend) in (None, "cpu")
+        return self.norm is None and not cpu_unavailable() and asked_for(self.backend) in (None, "cpu")
 
     def run_compiled(self, x: Tensor) -> Tensor:
         """`forward` of a map in inference, by the CPU's op at once: what keeps its memory safe is checked."""
