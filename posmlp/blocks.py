@@ -12,11 +12,11 @@ from torch.utils.checkpoint import checkpoint
 
 from posmlp_kernels import PosSGU
 
-from .eager import has_hooks, is_eager_cpu
+from .eager import has_hooks, is_eager_cpu, is_plain
 from .layers import EPS, Downsample, DropPath
 from .linear import Linear, pays, product
 
-HIDDEN_BYTES = 10 * 2**20  # of a hidden map in inference on a CPU; half was slower, twice no faster
+HIDDEN_BYTES = 10 * 2**20  # of a hidden map in inference on a CPU; a quarter was slower, twice no faster
 
 
 class Block(nn.Module):
@@ -62,7 +62,11 @@ class Block(nn.Module):
             and fc2.weight.shape == (x.shape[-1], gate.dim // 2)
             and x.numel() > 0
             and x.dtype is torch.float32
-            and all(_is_plain_float32(p) for part in parts for p in part._parameters.values())
+            and all(
+                p is None or (is_plain(p) and p.dtype is torch.float32)
+                for part in parts
+                for p in part._parameters.values()
+            )
         )
 
     def _mixed(self, x: Tensor) -> Tensor:
@@ -158,12 +162,6 @@ def _is_left_alone(module: nn.Module) -> bool:
         if part is not None and not _is_left_alone(part):
             return False
     return True
-
-
-def _is_plain_float32(tensor: Tensor | None) -> bool:
-    return tensor is None or (
-        type(tensor) in (Tensor, nn.Parameter) and tensor.is_cpu and tensor.dtype is torch.float32
-    )
 
 
 def _half(window: int | Sequence[int]) -> int | tuple[int, ...]:

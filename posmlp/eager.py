@@ -36,8 +36,13 @@ def _is_exporting() -> bool:
     return torch.compiler.is_exporting()
 
 
+def is_plain(tensor: Tensor | None) -> bool:
+    """Whether it is an ordinary CPU tensor, or none."""
+    return tensor is None or (type(tensor) in (Tensor, nn.Parameter) and tensor.is_cpu)
+
+
 def _are_plain(tensors: tuple[Tensor | None, ...]) -> bool:
-    return all(t is None or (type(t) in (Tensor, nn.Parameter) and t.is_cpu) for t in tensors)
+    return all(is_plain(tensor) for tensor in tensors)
 
 
 def _nothing_is_changed() -> bool:

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import over_backends
+from support import available, over_backends
 
-from posmlp_kernels import PosSGU, gqpe_table, mixing_matrix, pos_gate
+from posmlp_kernels import PosSGU, explain, gqpe_table, mixing_matrix, pos_gate, use_backend
 from posmlp_kernels.encodings import gqpe_isotropic_table
 from posmlp_kernels.layers import ENCODINGS
 
@@ -295,3 +295,24 @@ def test_default_groups_and_window():
     layer = PosSGU(32, 4)
     assert layer.groups == 8 and layer.window == (4, 4) and layer.encoding == "gqpe"
     assert math.prod(layer.bias.shape) == 16
+
+
+@pytest.mark.skipif(not available("cpu"), reason="the cpu back end is not built")
+@pytest.mark.parametrize("asked", [None, "cpu", "reference"])
+@pytest.mark.parametrize("around", [None, "cpu", "reference"])
+def test_runs_compiled_where_the_choice_would_be_the_cpu(asked, around):
+    x, gate = torch.randn(2, 5, 6, 16), PosSGU(16, 4, groups=2, backend=asked)
+    with use_backend(around):
+        chosen = explain(x, **gate.gate_arguments())
+        assert gate.runs_compiled() == any(re.match(r"cpu .*<- runs", line) for line in chosen.splitlines())
+    assert not PosSGU(16, 4, groups=2, norm=True).runs_compiled()
+
+
+@pytest.mark.skipif(not available("cpu"), reason="the cpu back end is not built")
+@pytest.mark.parametrize("encoding", [e for e in ENCODINGS if e != "sgu"])
+@pytest.mark.parametrize("shift", [0, (-1, 7)])
+def test_run_compiled_is_forward(encoding, shift):
+    gate = PosSGU(16, 4, groups=2, encoding=encoding, shift=shift, activation="gelu").eval()
+    x = torch.randn(2, 5, 6, 16)
+    with torch.no_grad():
+        assert torch.equal(gate.run_compiled(x), gate(x))

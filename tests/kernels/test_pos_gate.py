@@ -204,6 +204,18 @@ def test_the_measure_fails_wrong_results():
             assert_no_worse([{"z": t} for t in wrong], [{"z": eager}] * 2, [{"z": truth}] * 2)
 
 
+@pytest.mark.skipif(not available("cpu"), reason="the cpu back end is not built")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("channels", [1, 7, 24, 33])
+def test_what_a_cpu_call_leaves_behind_does_not_show_in_the_next(dtype, channels):
+    """The kernels keep their workspace: a wide problem fills it with NaN before narrow ones."""
+    gate = partial(pos_gate, softmax=True, activation="gelu", backend="cpu")
+    x, table = torch.randn(1, 3, 3, 2 * channels, dtype=dtype), torch.randn(1, 5, 5)
+    wanted = gate(x, table, window=3)
+    gate(torch.full((8, 14, 14, 128), torch.nan, dtype=dtype), torch.randn(1, 27, 27), window=14)
+    assert wanted.isfinite().all() and torch.equal(gate(x, table, window=3), wanted)
+
+
 def test_poison_reaches_new_memory():
     with poisoned_memory():
         assert torch.empty(7).isnan().all()
