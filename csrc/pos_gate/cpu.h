@@ -63,9 +63,8 @@ extern const Kernels kAvx512Amx;
 #endif
 #endif
 
-// Those that this processor runs, the best first. Kernels that no processor has run yet come last, and only for who means
-// to choose by name: they are never picked.
-std::vector<const Kernels*> kernels_of_this_processor(bool by_name);
+// Those that this processor runs, the best first.
+std::vector<const Kernels*> kernels_of_this_processor();
 
 // The best of them, or the one that the environment variable POSMLP_CPU_KERNELS names.
 const Kernels& choose_kernels();

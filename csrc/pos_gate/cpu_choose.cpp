@@ -35,22 +35,26 @@ bool has_amx() {
 
 }  // namespace
 
-std::vector<const Kernels*> kernels_of_this_processor(bool by_name) {
+std::vector<const Kernels*> kernels_of_this_processor() {
   std::vector<const Kernels*> kernels;
 #ifdef POSMLP_X86_KERNELS
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("fma");
+#ifdef POSMLP_X86_BF16_KERNELS
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  if (bf16 && has_amx()) kernels.push_back(&kAvx512Amx);
+  // Intel's take as long for a product of pairs as for two of single numbers, and the pairs have to be made.
+  const bool pairs_pay = !__builtin_cpu_is("intel");
+  if (bf16 && pairs_pay) kernels.push_back(&kAvx512Bf16);
   if (avx512) kernels.push_back(&kAvx512);
+  if (bf16 && !pairs_pay) kernels.push_back(&kAvx512Bf16);
+#else
+  if (avx512) kernels.push_back(&kAvx512);
+#endif
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) kernels.push_back(&kAvx2);
 #endif
   kernels.push_back(&kPortable);
-#ifdef POSMLP_X86_BF16_KERNELS
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) {
-    kernels.insert(kernels.begin(), &kAvx512Bf16);
-    if (by_name && has_amx()) kernels.push_back(&kAvx512Amx);
-  }
-#endif
   return kernels;
 }
 
@@ -58,9 +62,8 @@ namespace {
 
 const Kernels& find_kernels() {
   const char* name = std::getenv("POSMLP_CPU_KERNELS");
-  const bool by_name = name != nullptr && *name != '\0';
-  const auto kernels = kernels_of_this_processor(by_name);
-  if (!by_name) return *kernels.front();
+  const auto kernels = kernels_of_this_processor();
+  if (name == nullptr || *name == '\0') return *kernels.front();
   std::string known;
   for (const Kernels* k : kernels) {
     if (std::string(name) == k->name) return *k;

@@ -49,6 +49,12 @@ struct Map {
 // Rows that will be wanted soon. Rows as short and as far apart as these no hardware prefetcher foresees, and a core has
 // too few buffers to ask for a panel at once: the products ask for a cache line or two in each of their steps.
 class Wanted {
+#ifdef POSMLP_AMX
+  static constexpr int kNearness = 2;  // the second-level cache: products are so short that the first one's requests queue
+#else
+  static constexpr int kNearness = 3;  // the first-level cache
+#endif
+
  public:
   // From now on rows of no map, of tokens that `of_tokens` names.
   void clear() { lines_.clear(); }
@@ -75,7 +81,7 @@ class Wanted {
   __attribute__((always_inline)) void ask() {
     if (at_ == lines_.size()) return;
     const Line& line = lines_[at_];
-    __builtin_prefetch(line.first + line.offset[token_] * line.size);
+    __builtin_prefetch(line.first + line.offset[token_] * line.size, 0, kNearness);
     if (++token_ == last_) {
       token_ = first_;
       ++at_;
@@ -85,7 +91,7 @@ class Wanted {
   __attribute__((noinline)) void ask_for_the_rest() {
     for (; at_ < lines_.size(); ++at_, token_ = first_)
       for (const Line& line = lines_[at_]; token_ < last_; ++token_)
-        __builtin_prefetch(line.first + line.offset[token_] * line.size);
+        __builtin_prefetch(line.first + line.offset[token_] * line.size, 0, kNearness);
   }
 
  private:

@@ -104,14 +104,13 @@ template <class E>
 struct Packed {
   std::vector<int32_t> begin;  // [tiles + 1], into `runs`
   std::vector<Run> runs;       // with room for more: `count` of them
-  std::vector<E> weights;      // those that runs share, then kTileRows for each step that shares none
+  std::vector<E> weights;      // where the runs have theirs
   int32_t count = 0;
   int64_t most_steps = 0;  // of a tile
 
   int64_t tiles() const { return int64_t(begin.size()) - 1; }
-  void clear() {
+  void clear() {  // but for the weights, which their packing writes anew
     begin.assign(1, 0);
-    weights.clear();
     count = 0;
     most_steps = 0;
   }
@@ -126,10 +125,6 @@ struct Packed {
   size_t bytes() const { return weights.size() * sizeof(E) + runs.size() * sizeof(Run); }
   Run* last_of_tile() { return count > begin.back() ? &runs[count - 1] : nullptr; }
   void end_tile() {  // which has a run at least
-    if (!last_of_tile()) {
-      add(int64_t(weights.size()), 0, 1, 0);
-      weights.insert(weights.end(), kTileRows * kStepsAtOnce, E{});
-    }
     int64_t steps = 0;
     for (int32_t run = begin.back(); run < count; ++run) steps += runs[run].count;
     most_steps = std::max(most_steps, steps);

@@ -1,9 +1,9 @@
 // The two register tiles of cpu_gemm.h on Intel AMX: tile registers of 16 rows of 64 bytes, and an instruction, TDPBF16PS,
 // that adds to one of 16 x 16 floats the product of 16 rows of 16 pairs and 16 steps of 16 columns.
 //
-// The operands of 16 steps are where they always are: pairs of a panel's rows, a panel's row apart. Weights are packed by
-// blocks of 16 rows of 16 steps, each row a cache line. For each block a panel takes three products and loads four
-// tiles. A sum over dP's 24 pairs is two of 12, in registers of that shape, so that it takes in
+// The operands of 16 steps are where they always are: pairs of a panel's rows, a panel's row apart. Weights are taken by
+// blocks of 16 rows of 16 steps, each row a cache line of a matrix. For each block a panel takes three products and loads
+// four tiles. A sum over dP's 24 pairs is two of 12, in registers of that shape, so that it takes in
 // nothing that is not a number of it.
 //
 // Registers: 0, 1, 2 sums; 3 weights, 4 and 5 operands of 16 steps; 6 and 7 the same of 12 for dP.
@@ -48,7 +48,7 @@ inline void store_sums(float* to, int64_t ld) {
   if constexpr (kVectors > 2) _tile_stored(2, to + 2 * kLanes, ld * sizeof(float));
 }
 
-// Each run is a block of weights, [kTileRows, kStepsAtOnce].
+// Each run is a block of weights, kTileRows rows of kStepsAtOnce, `stride` apart.
 template <class A, class E, int kAsks, int kVectors, bool>
 __attribute__((noinline)) void multiply_tile(const Run* run, const Run* last, const E* all_weights, const E* from, A* to,
                                              Wanted& wanted) {
@@ -60,7 +60,7 @@ __attribute__((noinline)) void multiply_tile(const Run* run, const Run* last, co
   zero_sums<kVectors>();
   for (; run <= last; ++run) {
     const E* operands = from + run->row;
-    _tile_loadd(3, all_weights + run->at, kStepsAtOnce * sizeof(E));
+    _tile_loadd(3, all_weights + run->at, run->stride * sizeof(E));
     _tile_loadd(4, operands, kStride);
     _tile_dpbf16ps(0, 3, 4);
     ask();
@@ -105,51 +105,4 @@ __attribute__((noinline)) void add_outer_tile(const E* left, int64_t left_rows, 
       A* sum = to + r * ld + at[v];
       store(sum, load<A>(sum) + load<A>(sums[r] + v * kLanes));  // added last, as there
     }
-}
-
-constexpr int64_t kOvershoot = 16;  // numbers that a row of weights may be written beyond its end
-
-inline double largest_of_block(const Bfloat16* block, int64_t ld) {
-  using Halves = Lanes<2 * kStepsAtOnce>::halves;
-  Halves magnitudes{};  // their order is that of their bits
-  for (int r = 0; r < kTileRows; ++r) {
-    Halves row;
-    __builtin_memcpy(&row, block + r * ld, sizeof row);
-    row &= 0x7fff;
-    magnitudes = row > magnitudes ? row : magnitudes;
-  }
-  Bfloat16 largest{};
-  for (int i = 0; i < 2 * kStepsAtOnce; ++i) largest.bits = std::max(largest.bits, uint16_t(magnitudes[i]));
-  return widen(largest);
-}
-
-// Of each tile's rows the blocks in which a weight exceeds `negligible(first row, rows, first key, keys)`, or is NaN.
-// `write(row, to)` writes a row's weights for all keys.
-template <class Write, class Negligible>
-void pack_blocks(Packed<Pair>& packed, int64_t tokens, std::vector<Bfloat16>& tile, Write&& write,
-                Negligible&& negligible) {
-  constexpr int64_t kKeys = 2 * kStepsAtOnce, kLine = kStepsAtOnce * sizeof(Pair);
-  const int64_t ld = round_up(tokens, kKeys), tiles = divide_up(tokens, kTileRows);
-  tile.resize(kTileRows * ld + kOvershoot);
-  // With room for all blocks they stay where they are, and can be aligned.
-  packed.weights.reserve(tiles * kTileRows * ld / 2 + kStepsAtOnce);
-  packed.weights.resize((kLine - size_t(packed.weights.data()) % kLine) % kLine / sizeof(Pair));
-  for (int64_t first = 0; first < tokens; first += kTileRows) {
-    const int64_t rows = std::min<int64_t>(kTileRows, tokens - first);
-    for (int64_t r = 0; r < kTileRows; ++r) {
-      Bfloat16* const row = &tile[r * ld];
-      if (r < rows) write(first + r, row);
-      std::fill(row + (r < rows ? tokens : 0), row + ld, Bfloat16{});
-    }
-    for (int64_t key = 0; key < tokens; key += kKeys) {
-      const int64_t keys = std::min(kKeys, tokens - key);
-      if (largest_of_block(&tile[key], ld) <= negligible(first, rows, key, keys)) continue;
-      const size_t at = packed.weights.size();
-      packed.add(at, key / 2 * kPanelOf<float>, divide_up(keys, 2), 0);
-      packed.weights.resize(at + kTileRows * kStepsAtOnce);
-      for (int64_t r = 0; r < kTileRows; ++r)
-        __builtin_memcpy(&packed.weights[at + r * kStepsAtOnce], &tile[r * ld + key], kLine);
-    }
-    packed.end_tile();
-  }
 }

@@ -21,6 +21,7 @@ class Packing {
   void pack(Packed<E>& packed) {
     const int64_t tokens = window().tokens, *place = window().place.data();
     packed.clear();
+    packed.weights.clear();
     if (weights_.shared()) share_table<kRows>(packed);
     for (int64_t first = 0; first < tokens; first += kTileRows) {
       const int64_t rows = std::min<int64_t>(kTileRows, tokens - first), last = first + rows - 1;
@@ -28,6 +29,7 @@ class Packing {
         pack_shared<kRows>(packed, first);
       else
         pack_tile<kRows>(packed, first, rows);
+      if (!packed.last_of_tile()) add_zeros(packed);
       packed.end_tile();
     }
   }
@@ -106,6 +108,12 @@ class Packing {
   template <bool kRows>
   void pack_tile(Packed<E>& packed, int64_t first, int64_t rows) const {
     for (int64_t step = 0; step * kDepth < window().tokens; ++step) add_step<kRows>(packed, first, rows, step);
+  }
+
+  // A tile without a weight that counts.
+  static void add_zeros(Packed<E>& packed) {
+    packed.add(int64_t(packed.weights.size()), 0, 1, 0);
+    packed.weights.insert(packed.weights.end(), kTileRows, E{});
   }
 
   // Adds a step with weights of its own, unless none counts or the tile has it already.

@@ -20,6 +20,24 @@ inline void make_room(std::vector<double>& values, int64_t count) {
   std::fill(values.begin() + count, values.end(), 0.);
 }
 
+// `count` is not zero.
+template <class A>
+inline A largest_of(const A* values, int64_t count) {
+  constexpr int kLanes = VectorOf<A>::kLanes;
+  A largest = values[0];
+  if (count >= kLanes) {
+    Vec<A> vector = load<A>(values + count - kLanes);
+    for (int64_t i = 0; i + kLanes <= count; i += kLanes) {
+      const Vec<A> next = load<A>(values + i);
+      vector = next > vector ? next : vector;
+    }
+    for (int l = 0; l < kLanes; ++l) largest = vector[l] > largest ? vector[l] : largest;
+    return largest;
+  }
+  for (int64_t i = 1; i < count; ++i) largest = values[i] > largest ? values[i] : largest;
+  return largest;
+}
+
 // Kept from call to call by each thread, so that no pages are faulted in again.
 template <class A>
 struct WeightBuffers {
@@ -81,22 +99,6 @@ class Weights {
   }
 
   // ---- from the table ----
-
-  static A largest_of(const A* values, int64_t count) {
-    constexpr int kLanes = VectorOf<A>::kLanes;
-    A largest = values[0];
-    if (count >= kLanes) {
-      Vec<A> vector = load<A>(values + count - kLanes);
-      for (int64_t i = 0; i + kLanes <= count; i += kLanes) {
-        const Vec<A> next = load<A>(values + i);
-        vector = next > vector ? next : vector;
-      }
-      for (int l = 0; l < kLanes; ++l) largest = vector[l] > largest ? vector[l] : largest;
-      return largest;
-    }
-    for (int64_t i = 1; i < count; ++i) largest = values[i] > largest ? values[i] : largest;
-    return largest;
-  }
 
   bool weigh_table() {
     const int64_t size = shape_.table_size();

@@ -17,7 +17,7 @@ FILES = [
 
 
 @pytest.mark.skipif(not available("cpu"), reason="the cpu back end is not built")
-@pytest.mark.parametrize("name", ["avx512_amx", "avx512", "avx2", "portable"])
+@pytest.mark.parametrize("name", ["avx512_amx", "avx512_bf16", "avx512", "avx2", "portable"])
 def test_values_and_gradients(name):
     best, *others = instruction_sets()
     if name not in others:
