@@ -49,12 +49,6 @@ struct Map {
 // Rows that will be wanted soon. Rows as short and as far apart as these no hardware prefetcher foresees, and a core has
 // too few buffers to ask for a panel at once: the products ask for a cache line or two in each of their steps.
 class Wanted {
-#ifdef POSMLP_AMX
-  static constexpr int kNearness = 2;  // the second-level cache: products are so short that the first one's requests queue
-#else
-  static constexpr int kNearness = 3;  // the first-level cache
-#endif
-
  public:
   // From now on rows of no map, of tokens that `of_tokens` names.
   void clear() { lines_.clear(); }
@@ -81,7 +75,7 @@ class Wanted {
   __attribute__((always_inline)) void ask() {
     if (at_ == lines_.size()) return;
     const Line& line = lines_[at_];
-    __builtin_prefetch(line.first + line.offset[token_] * line.size, 0, kNearness);
+    fetch(line.first + line.offset[token_] * line.size);
     if (++token_ == last_) {
       token_ = first_;
       ++at_;
@@ -91,7 +85,7 @@ class Wanted {
   __attribute__((noinline)) void ask_for_the_rest() {
     for (; at_ < lines_.size(); ++at_, token_ = first_)
       for (const Line& line = lines_[at_]; token_ < last_; ++token_)
-        __builtin_prefetch(line.first + line.offset[token_] * line.size, 0, kNearness);
+        fetch(line.first + line.offset[token_] * line.size);
   }
 
  private:
@@ -101,6 +95,21 @@ class Wanted {
     const int64_t* offset;
     int64_t size;
   };
+
+  // Intel's cores can wait for few lines on their way to the first-level cache, and what a product misses there is among
+  // them: no farther than the second level, then.
+  __attribute__((always_inline)) void fetch(const char* line) const {
+    if (to_second_level_)
+      __builtin_prefetch(line, 0, 2);
+    else
+      __builtin_prefetch(line, 0, 3);
+  }
+
+#ifdef POSMLP_X86_KERNELS
+  const bool to_second_level_ = __builtin_cpu_is("intel");
+#else
+  static constexpr bool to_second_level_ = false;
+#endif
   std::vector<Line> lines_;
   size_t at_ = 0;
   int64_t token_ = 0, first_ = 0, last_ = 0;
