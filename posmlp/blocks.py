@@ -57,7 +57,7 @@ class Block(nn.Module):
         return (
             tuple(map(type, parts)) == (nn.LayerNorm, Linear, PosSGU, Linear, nn.Dropout, DropPath)
             and gate.runs_compiled()
-            and pays()
+            and pays(x.dtype)
             and fc1.weight.shape == (gate.dim, x.shape[-1])
             and fc2.weight.shape == (x.shape[-1], gate.dim // 2)
             and x.numel() > 0

@@ -2,11 +2,13 @@
 
 `F.linear` multiplies through MKL, which keeps to AVX2 on processors that are not Intel's, and copies the bias
 into the output first. oneDNN, which PyTorch also ships, uses AVX-512 on all of them, adds the bias (and what
-else is to be added) on the way out, and reads a second operand as it lies, transposed or not.
+else is to be added) on the way out, and reads a second operand as it lies, transposed or not. In bfloat16
+`F.linear` asks oneDNN too, but for the bias and what else is to be added.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,21 +19,23 @@ from posmlp_kernels.transposed import transposed
 
 from .eager import is_eager_or_compiled_cpu
 
-# Elsewhere the two libraries come out alike, or nobody has compared them.
+# Elsewhere the two ways come out alike, or nobody has compared them.
 _PAYS = (
     torch.backends.mkldnn.is_available()
     and hasattr(torch.ops.mkldnn, "_linear_pointwise")  # Inductor's, without a promise
     and torch.backends.cpu.get_cpu_capability() == "AVX512"
 )
+_PAYS_IN_BFLOAT16 = _PAYS and torch.cpu._is_amx_tile_supported()  # in inference
 # Beside which a copy of the weight by columns costs less than what oneDNN gains by it.
 _MANY_ROWS = 1024
 
 
 class Linear(nn.Linear):
-    """`[..., in_features] -> [..., out_features]`, in float32 on CPUs in less time than `nn.Linear` takes.
+    """`[..., in_features] -> [..., out_features]`, on CPUs in less time than `nn.Linear` takes: in float32,
+    and in inference in bfloat16 where there is AMX.
 
-    `plus`, of the output's shape, is added to it. The weight lies in memory by columns, which oneDNN
-    multiplies faster where x has few rows, and so does its gradient.
+    `plus`, of the output's shape, is added to it. In float32 on such a CPU the weight lies in memory by
+    columns, which oneDNN multiplies faster where x has few rows, and so does its gradient; by rows otherwise.
     Gradients of every order are right. What is neither an eager call on ordinary tensors nor traced by
     `torch.compile` meets `F.linear`.
     """
@@ -45,8 +49,21 @@ class Linear(nn.Linear):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
-        if _PAYS:
-            self.weight = nn.Parameter(self.weight.detach().T.contiguous().T)
+        self._lay_out()
+
+    def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear:
+        super()._apply(function, recurse)
+        self._lay_out()  # for the device and dtype that it may have now
+        return self
+
+    def _lay_out(self) -> None:
+        weight = self._parameters.get("weight")
+        if type(weight) is not nn.Parameter or not _PAYS:  # such as one that a parametrisation computes
+            return
+        by_columns = weight.is_cpu and weight.dtype == torch.float32
+        if not (weight.T if by_columns else weight).is_contiguous():
+            data = weight.detach()
+            weight.data = data.T.contiguous().T if by_columns else data.contiguous()
 
     def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
         if not _onednn_serves(x, self.weight, self.bias, plus):
@@ -57,16 +74,20 @@ class Linear(nn.Linear):
         return product(x, self.weight, self.bias, plus)
 
 
-def pays() -> bool:
-    """Whether oneDNN multiplies, as far as machine and settings decide it."""
-    return _PAYS and torch.backends.mkldnn.enabled
+def pays(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies numbers of that type, as far as machine and settings decide it."""
+    if dtype == torch.float32:
+        return _PAYS and torch.backends.mkldnn.enabled
+    # A backward would have to copy both of its operands: oneDNN is slow where bfloat16 lies by columns.
+    in_bfloat16 = dtype == torch.bfloat16 and not torch.is_grad_enabled()
+    return in_bfloat16 and _PAYS_IN_BFLOAT16 and torch.backends.mkldnn.enabled
 
 
 def _onednn_serves(x: Tensor, weight: Tensor, bias: Tensor | None, plus: Tensor | None) -> bool:
     return (
-        pays()
+        pays(weight.dtype)
         and is_eager_or_compiled_cpu(x, weight, bias, plus)
-        and all(t is None or t.dtype == torch.float32 for t in (x, weight, bias, plus))
+        and all(t is None or t.dtype == weight.dtype for t in (x, bias, plus))
         and x.dim() > 1
         and x.numel() > 0
         and x.shape[-1] == weight.shape[1]  # else F.linear says what is wrong
@@ -78,7 +99,9 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, plus: Tensor 
     """`x @ weight.T + bias + plus` for `[..., K]` and `[N, K]`, any strides."""
     if torch.compiler.is_compiling():
         return torch.ops.posmlp.linear(x, weight, bias, plus)
-    if weight.is_contiguous() and x.numel() >= _MANY_ROWS * x.shape[-1]:
+    if weight.dtype != torch.float32:
+        weight = weight.contiguous()
+    elif weight.is_contiguous() and x.numel() >= _MANY_ROWS * x.shape[-1]:
         weight = transposed(weight).T
     if plus is not None:
         return torch.ops.mkldnn._linear_pointwise.binary(x, plus, weight, bias, "add")

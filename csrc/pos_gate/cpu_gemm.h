@@ -48,6 +48,14 @@ inline void store_pairs(Pair* to, V first, V second) {
   __builtin_memcpy(to, &pairs, sizeof pairs);
 }
 
+inline void store_pairs(Pair* to, Vec<float> first, Vec<float> second) {
+  const auto halves = (Lanes<32>::halves)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);  // one behind the other
+  constexpr Lanes<32>::halves kOrder = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                        8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i pairs = _mm512_permutexvar_epi16((__m512i)kOrder, (__m512i)halves);
+  __builtin_memcpy(to, &pairs, sizeof pairs);
+}
+
 template <>
 struct Operands<Pair> {
   __m512bh values;

@@ -90,13 +90,14 @@ class Packing {
   template <bool kRows>
   void write_row(int64_t token, Bfloat16* to) const {
     const int64_t tokens = window().tokens, length = window().cls.box[2], *place = window().place.data();
-    const Bfloat16* const from = b_.table.data() + weights_.centre() - place[token];
-    if (!weights_.shared())
+    if (!weights_.shared()) {
       for (int64_t k = 0; k < tokens; ++k) narrow(float(weights_.weight_of(kRows ? token : k, kRows ? k : token)), to[k]);
-    else
+      return;
+    }
+    const Bfloat16* const from = b_.table.data() + weights_.centre() - place[token];
+    for (int64_t k = (length - 1) / kCopied * kCopied; k >= 0; k -= kCopied)  // what is too much is overwritten
       for (int64_t row = 0; row < tokens; row += length)
-        for (int64_t k = 0; k < length; k += kCopied)
-          __builtin_memcpy(to + row + k, from + place[row] + k, kCopied * sizeof(Bfloat16));
+        __builtin_memcpy(to + row + k, from + place[row] + k, kCopied * sizeof(Bfloat16));
   }
 
   const int64_t table_size_;

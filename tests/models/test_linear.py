@@ -22,6 +22,10 @@ SHAPES = [  # of x, and the output's width
     ((3, 300, 65), 129),
 ]
 needs_onednn = pytest.mark.skipif(not module._PAYS, reason="here the linear layer is F.linear throughout")
+needs_bfloat16 = pytest.mark.skipif(
+    not (module._PAYS and torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+    reason="here oneDNN does not multiply bfloat16",
+)
 
 
 @pytest.fixture
@@ -127,7 +131,7 @@ def with_tangent(layer, x):
 
 ELSEWHERE = {
     "float64": lambda layer, x: copy.deepcopy(layer).double()(x.double()).float(),
-    "bfloat16": lambda layer, x: copy.deepcopy(layer).bfloat16()(x.bfloat16()),
+    "bfloat16, with gradients": lambda layer, x: copy.deepcopy(layer).bfloat16()(x.bfloat16()),
     "autocast": in_autocast,
     "oneDNN switched off": without_onednn,
     "flop counter": counted,
@@ -234,6 +238,51 @@ def test_what_is_added_may_have_any_strides_and_is_broadcast():
     layer, x = Linear(8, 6), torch.randn(2, 3, 5, 8)
     for plus in (torch.randn(6), torch.randn(2, 6, 5, 3).transpose(1, 3), torch.randn(2, 3, 1, 6)):
         torch.testing.assert_close(layer(x, plus=plus), plus + F.linear(x, layer.weight, layer.bias))
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("shape", "width"), SHAPES)
+def test_inference_in_bfloat16(shape, width, bias, products, monkeypatch):
+    """On processors, too, where it does not pay."""
+    monkeypatch.setattr(module, "_PAYS_IN_BFLOAT16", True)
+    torch.manual_seed(0)
+    layer = Linear(shape[-1], width, bias=bias).bfloat16()
+    x, plus = torch.randn(shape).bfloat16(), torch.randn(*shape[:-1], width).bfloat16()
+    truth = copy.deepcopy(layer).double()(x.double()) + plus.double()
+    with torch.no_grad():
+        ours, plain = layer(x, plus=plus), plus + F.linear(x, layer.weight, layer.bias)
+    assert len(products) == (len(shape) > 1) and not ours.requires_grad
+    assert_no_worse(ours, plain, truth)
+    layer(x).sum().backward()  # by F.linear
+    assert len(products) == (len(shape) > 1) and layer.weight.grad is not None
+
+
+@needs_onednn
+def test_a_weight_is_laid_out_anew_for_another_dtype_or_device():
+    layer = Linear(6, 9)
+    weight = layer.weight
+    values, columns, rows = weight.detach().clone(), (1, 9), (6, 1)
+    for change, stride in (
+        (lambda: layer.bfloat16(), rows),
+        (lambda: layer.float(), columns),
+        (lambda: layer.double(), rows),
+        (lambda: layer.to(torch.float32), columns),
+        (lambda: nn.Sequential(layer).half(), rows),
+        (lambda: layer.float().share_memory(), columns),
+    ):
+        change()
+        assert layer.weight is weight and weight.stride() == stride  # optimizers keep the parameter
+    torch.testing.assert_close(layer.weight.detach(), values, rtol=1e-2, atol=1e-2)
+    assert Linear(6, 9, device="meta").weight.stride() == rows
+    assert Linear(6, 9, device="meta").to_empty(device="cpu").weight.stride() == columns
+
+
+def test_a_parametrised_weight_stays_what_it_is():
+    layer = nn.utils.parametrizations.weight_norm(Linear(6, 9))
+    x = torch.randn(4, 6)
+    before = layer(x)
+    torch.testing.assert_close(layer.float()(x), before)
 
 
 @needs_onednn
