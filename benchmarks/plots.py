@@ -140,10 +140,6 @@ def _models(pyplot: Any, results: dict) -> Any:
         if what == "times":
             values = [1e3 * row["times"][name]["median"] / row["batch"] for name in names]
             _bars(axis, names, values, "{:.0f}")
-            compiled = [(i, row["times"].get(f"{name}, compiled")) for i, name in enumerate(names)]
-            points = [(1e3 * time["median"] / row["batch"], i) for i, time in compiled if time]
-            if points:
-                axis.plot(*zip(*points, strict=True), "D", color=INK, mec="white", label="by torch.compile")
             axis.set_xlabel("milliseconds an image")
         else:
             _bars(axis, names, [(row["memory"][name] or 0) / 2**30 for name in names], "{:.1f}")
@@ -153,8 +149,6 @@ def _models(pyplot: Any, results: dict) -> Any:
         axis.set_yticks(range(len(names)), [_MODELS[name][0] for name in names])
         axis.tick_params(axis="y", length=0)
     axes[0][0].invert_yaxis()
-    if axes[0][0].get_legend_handles_labels()[1]:
-        axes[0][0].legend(loc="upper right", fontsize=8)
     return figure
 
 

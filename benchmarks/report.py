@@ -16,7 +16,7 @@ from pathlib import Path
 from posmlp.tables import markdown
 
 from .gpu_tables import details_of, load_runs, summary_of
-from .targets import GATELESS, ORIGINAL, Target, gate_targets, model_targets
+from .targets import GATELESS, ORIGINAL, Target, compiled_targets, gate_targets, model_targets
 from .timing import version
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,13 +34,15 @@ MODEL_NAMES = {
 
 
 def load(name: str) -> dict:
-    """One of the committed results: "cpu" and "cpu_bf16" (the gate), or "cpu_models"."""
+    """One of the committed results: "cpu", "cpu_bf16" (the gate), "cpu_models", "cpu_compiled", or of another
+    processor "zen4" and "zen4_models"."""
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
 def load_cpu() -> dict[str, dict]:
     """The CPU's results by their names."""
-    return {name: load(name) for name in ("cpu", "cpu_bf16", "cpu_models")}
+    names = ("cpu", "cpu_bf16", "cpu_models", "cpu_compiled", "zen4", "zen4_models")
+    return {name: load(name) for name in names}
 
 
 def fill(text: str, cpu: dict[str, dict], runs: list[dict]) -> str:
@@ -48,15 +50,23 @@ def fill(text: str, cpu: dict[str, dict], runs: list[dict]) -> str:
 
     Raises: `KeyError` for a part of an unknown name.
     """
-    gate, half, models = cpu["cpu"], cpu["cpu_bf16"], cpu["cpu_models"]
+    gate, half, models, compiled = (cpu[n] for n in ("cpu", "cpu_bf16", "cpu_models", "cpu_compiled"))
     parts = {
         "gate": lambda: conditions(gate) + gate_table(gate),
         "bfloat16": lambda: half_table(half, gate),
         "models": lambda: model_table(models),
+        "compiled": lambda: conditions(compiled) + compiled_table(compiled),
         "cases": lambda: case_table(gate),
         "memory": lambda: memory_table(gate),
         "ceilings": lambda: ceiling_table(gate),
-        "targets": lambda: target_table(gate_targets(gate) + model_targets(models)),
+        "targets": lambda: (
+            conditions(gate)
+            + target_table([*gate_targets(gate), *model_targets(models), *compiled_targets(compiled)])
+        ),
+        "targets_zen4": lambda: (
+            conditions(cpu["zen4"])
+            + target_table([*gate_targets(cpu["zen4"]), *model_targets(cpu["zen4_models"])])
+        ),
         "gpu": lambda: summary_of(runs),
         "gpu_details": lambda: details_of(runs),
     }
@@ -149,21 +159,30 @@ def memory_table(results: dict) -> str:
 
 
 def model_table(results: dict) -> str:
-    """Milliseconds of every model in every setting, eager and compiled, and peak memory."""
+    """Milliseconds of every model in every setting, and peak memory."""
     rows = results["rows"]
-    header = ["ms, eager / `torch.compile`", *(f"{row['what']}, batch {row['batch']}" for row in rows)]
+    header = ["milliseconds", *map(_setting, rows)]
     header += [f"peak memory, batch {row['batch']}" for row in rows if "memory" in row]
     lines = []
     for name, shown in MODEL_NAMES.items():
         if name in rows[0]["times"]:
             memory = (_megabytes(row["memory"][name]) for row in rows if "memory" in row)
-            lines.append([shown, *(_both(row["times"], name) for row in rows), *memory])
+            lines.append([shown, *(_short(row["times"][name]) for row in rows), *memory])
     return markdown(header, lines)
 
 
-def _both(times: dict, name: str) -> str:
-    compiled = times.get(f"{name}, compiled")
-    return f"{_short(times[name])} / {_short(compiled) if compiled else '–'}"
+def compiled_table(results: dict) -> str:
+    """Milliseconds of the models that were compiled, eager and compiled."""
+    rows, lines = results["rows"], []
+    for name, shown in MODEL_NAMES.items():
+        both = (name, f"{name}, compiled")
+        if both[1] in rows[0]["times"]:
+            lines.append([shown, *(" / ".join(_short(row["times"][n]) for n in both) for row in rows)])
+    return markdown(["ms, eager / `torch.compile`", *map(_setting, rows)], lines)
+
+
+def _setting(row: dict) -> str:
+    return f"{row['what']}, batch {row['batch']}"
 
 
 def _short(time: dict) -> str:

@@ -26,15 +26,24 @@ class Target:
     bound: float
     at_least: bool
     best: float | None = None
+    applies: bool = True
 
     @property
-    def holds(self) -> bool:
-        return self.value >= self.bound if self.at_least else self.value <= self.bound
+    def verdict(self) -> str:
+        """Whether the bound is kept; if not, whether it could be, and was meant for this at all."""
+        if self._keeps(self.value):
+            return "yes"
+        if not self.applies:
+            return "not asked"
+        return "no" if self.best is None or self._keeps(self.best) else "out of reach"
+
+    def _keeps(self, value: float) -> bool:
+        return value >= self.bound if self.at_least else value <= self.bound
 
     def cells(self) -> tuple[str, str, str, str]:
         """What, how much, the bound, and whether it holds."""
         bound = f"{'at least' if self.at_least else 'at most'} {self.bound:g}"
-        return self.what, f"{self.value:.2f}", bound, "yes" if self.holds else "no"
+        return self.what, f"{self.value:.2f}", bound, self.verdict
 
     def cells_with_best(self) -> tuple[str, str, str, str, str]:
         """As `cells`, with the best that there could be before the verdict."""
@@ -46,8 +55,8 @@ def at_least(what: str, value: float, bound: float, best: float | None = None) -
     return Target(what, value, bound, True, best)
 
 
-def at_most(what: str, value: float, bound: float, best: float | None = None) -> Target:
-    return Target(what, value, bound, False, best)
+def at_most(what: str, value: float, bound: float, best: float | None = None, applies: bool = True) -> Target:
+    return Target(what, value, bound, False, best, applies)
 
 
 def time_of_products(row: dict) -> float:
@@ -89,12 +98,18 @@ def _of_row(row: dict) -> Iterator[Target]:
     if "ours, gelu" in times and forward:
         alone = 100 * times["gelu alone"] / ours
         percent = 100 * (times["ours, gelu"] / ours - 1)
-        yield at_most(f"{where}: % that a fused GELU adds (eager GELU alone: {alone:.0f} %)", percent, 15)
+        what = f"{where}: % that a fused GELU adds (eager GELU alone: {alone:.0f} %)"
+        yield at_most(what, percent, 15, applies=alone > 100)
 
 
 def model_targets(results: dict) -> list[Target]:
     """Those of the whole models, from what `bench_models` writes."""
     return [target for row in _rows(results) for target in _of_models(row)]
+
+
+def compiled_targets(results: dict) -> list[Target]:
+    """Those beside compiled rivals alone."""
+    return [target for target in model_targets(results) if target.what.endswith(", compiled")]
 
 
 def _rows(results: dict) -> list[dict]:

@@ -202,10 +202,14 @@ def test_targets_of_a_gate():
         "ceilings": {"gemm": 2e11, "onednn": 4e11, "copy": 1e10},
     }
     share, faster, gelu = targets.gate_targets(CPU_RUN | {"rows": [row]})
-    assert (share.value, share.holds) == (pytest.approx(0.8), True)
-    assert (faster.value, faster.holds) == (pytest.approx(5), False)
-    assert (gelu.value, gelu.holds) == (pytest.approx(10), True)
+    assert (share.value, share.verdict) == (pytest.approx(0.8), "yes")
+    assert (faster.value, faster.verdict) == (pytest.approx(5), "no")
+    assert (gelu.value, gelu.verdict) == (pytest.approx(10), "yes")
     assert "eager GELU alone: 200 %" in gelu.what
+    times |= {"ours, gelu": 0.012}
+    for alone, verdict in ((0.02, "no"), (0.009, "not asked")):
+        row["times"] = {name: {"median": time} for name, time in (times | {"gelu alone": alone}).items()}
+        assert targets.gate_targets(CPU_RUN | {"rows": [row]})[2].verdict == verdict
     assert (share.best, faster.best, gelu.best) == (pytest.approx(2), pytest.approx(12.5), None)
     copied = row | {"case": "stage 4", "bytes": 6e7}
     assert targets.gate_targets(CPU_RUN | {"rows": [copied]})[0].value == pytest.approx(0.01 / 0.006)
@@ -242,14 +246,18 @@ def test_targets_of_models():
     assert (eager.value, eager.bound, eager.best) == (0.75, 0.85, 5 / 8)
     assert eager.cells_with_best()[2:] == ("at most 0.85", "0.62", "yes")
     assert (compiled.value, compiled.bound) == (6 / 7, 0.95)
-    assert (faster.value, faster.bound, faster.best, faster.holds) == (2.5, 2.2, 3, True)
-    assert (memory.value, memory.bound, memory.holds) == (0.75, 0.6, False)
+    assert (faster.value, faster.bound, faster.best, faster.verdict) == (2.5, 2.2, 3, "yes")
+    assert (memory.value, memory.bound, memory.verdict) == (0.75, 0.6, "no")
     row["times"][f"{targets.OURS}, compiled"] = {"median": 5}
+    assert targets.compiled_targets(CPU_RUN | {"rows": [row]})[0].value == 5 / 7
     eager, compiled, *_ = targets.model_targets(CPU_RUN | {"rows": [row]})
     assert (eager.value, compiled.value, compiled.best) == (0.75, 5 / 7, None)
     row["times"][targets.GATELESS] = {"median": 4}
     eager, _, faster, _ = targets.model_targets(CPU_RUN | {"rows": [row]})
     assert (eager.best, faster.best) == (0.5, 3.75)
+    row["times"][targets.ORIGINAL] = {"median": 8.6}
+    out_of_reach = targets.model_targets(CPU_RUN | {"rows": [row]})[2]
+    assert (out_of_reach.best, out_of_reach.verdict) == (2.15, "out of reach")
     del row["times"][targets.OURS]
     assert targets.model_targets(CPU_RUN | {"rows": [row]}) == []
 
@@ -258,7 +266,7 @@ def test_targets_of_models():
 def test_documents_say_what_was_measured(document):
     text = document.read_text()
     assert (
-        text.count("<!-- measured: ") == text.count("<!-- end -->") == {"README.md": 3}.get(document.name, 6)
+        text.count("<!-- measured: ") == text.count("<!-- end -->") == {"README.md": 4}.get(document.name, 7)
     )
     filled = report.fill(text, report.load_cpu(), report.load_runs(report.RESULTS))
     assert filled == text, "run python -m benchmarks.report"
