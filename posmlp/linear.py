@@ -58,7 +58,8 @@ class Linear(nn.Linear):
 
     def _lay_out(self) -> None:
         weight = self._parameters.get("weight")
-        if type(weight) is not nn.Parameter or not _PAYS:  # such as one that a parametrisation computes
+        # Not what a parametrisation computes, what other processes see, or what must not be changed.
+        if type(weight) is not nn.Parameter or weight.is_shared() or weight.is_inference() or not _PAYS:
             return
         by_columns = weight.is_cpu and weight.dtype == torch.float32
         if not (weight.T if by_columns else weight).is_contiguous():

@@ -278,6 +278,21 @@ def test_a_weight_is_laid_out_anew_for_another_dtype_or_device():
     assert Linear(6, 9, device="meta").to_empty(device="cpu").weight.stride() == columns
 
 
+def test_a_shared_weight_stays_where_it_is():
+    layer = Linear(6, 9)
+    layer.load_state_dict(nn.Linear(6, 9).state_dict(), assign=True)
+    assert layer.share_memory().weight.is_shared()
+
+
+def test_made_in_inference_mode():
+    with torch.inference_mode():
+        layer = Linear(6, 9)
+    x = torch.randn(4, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
+        torch.testing.assert_close(layer.double()(x.double()).float(), layer.float()(x))
+
+
 def test_a_parametrised_weight_stays_what_it_is():
     layer = nn.utils.parametrizations.weight_norm(Linear(6, 9))
     x = torch.randn(4, 6)
