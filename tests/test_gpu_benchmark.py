@@ -256,9 +256,9 @@ def test_targets_of_stages():
         row_of("stage 1", "backward", {"triton": 2e-3, "cuda": 1.6e-3}),
     ]
     copy, gelu, compiled, original, backward = gpu_targets(run_of(*rows))
-    assert (copy.value, copy.bound, copy.holds) == (pytest.approx(0.8), 0.85, False)
-    assert (gelu.value, gelu.bound, gelu.holds) == (pytest.approx(0.5), 0.8, False)
-    assert (compiled.value, compiled.bound, compiled.holds) == (pytest.approx(4), 3, True)
+    assert (copy.value, copy.bound, copy.verdict) == (pytest.approx(0.8), 0.85, "no")
+    assert (gelu.value, gelu.bound, gelu.verdict) == (pytest.approx(0.5), 0.8, "no")
+    assert (compiled.value, compiled.bound, compiled.verdict) == (pytest.approx(4), 3, "yes")
     assert (original.value, original.bound) == (pytest.approx(8), 10)
     assert (backward.value, backward.bound) == (pytest.approx(0.625), 0.65)  # by the faster back end
     (wide,) = gpu_targets(run_of(rows[1], dtype="float32"))
@@ -279,7 +279,7 @@ def test_targets_of_launches_and_models():
     row = {"what": "inference", "batch": 256, "times": {n: {"median": t} for n, t in times.items()}}
     run = run_of(launch=launch, **{"models inference": {"rows": [row | {"memory": {"posmlp_tiny": 2**30}}]}})
     host, kernels, eager = gpu_targets(run)
-    assert (round(host.value), host.holds, kernels.value, kernels.holds) == (40, False, 2, True)
+    assert (round(host.value), host.verdict, kernels.value, kernels.verdict) == (40, "no", 2, "yes")
     assert (eager.value, eager.bound) == (1.25, 1)
     text = details_of([run])
     assert "| inference, batch 256 | posmlp_tiny | 1280 | 2560 | 1.0 GiB | – |" in text
