@@ -50,6 +50,39 @@ struct Map {
 // too few buffers to ask for a panel at once: the products ask for a cache line or two in each of their steps.
 class Wanted {
  public:
+  // The lines of some tokens, their addresses known beforehand: a step has no time to find them.
+  class Queue {
+   public:
+    // Asks for a line if there is one left.
+    __attribute__((always_inline)) void ask() {
+      if (next_ == end_) return;
+      fetch(*next_++);
+    }
+    void ask_for_the_rest() {
+      while (next_ != end_) fetch(*next_++);
+    }
+
+   private:
+    friend class Wanted;
+
+    // Intel's cores can wait for few lines on their way to the first-level cache, and what a product misses there is
+    // among them: no farther than the second level, then.
+    __attribute__((always_inline)) void fetch(const char* line) const {
+      if (to_second_level_)
+        __builtin_prefetch(line, 0, 2);
+      else
+        __builtin_prefetch(line, 0, 3);
+    }
+
+    const char *const *next_ = nullptr, *const *end_ = nullptr;
+#ifdef POSMLP_X86_KERNELS
+    bool to_second_level_ = __builtin_cpu_is("intel");
+#else
+    static constexpr bool to_second_level_ = false;
+#endif
+  };
+  Queue queue;  // a product takes it out and puts it back, so that it stays in registers meanwhile
+
   // From now on rows of no map, of tokens that `of_tokens` names.
   void clear() { lines_.clear(); }
 
@@ -67,25 +100,13 @@ class Wanted {
     }
   }
   void of_tokens(int64_t first, int64_t last) {
-    at_ = 0;
-    token_ = first_ = first;
-    last_ = last;
-  }
-  // Asks for a line if there is one left.
-  __attribute__((always_inline)) void ask() {
-    if (at_ == lines_.size()) return;
-    const Line& line = lines_[at_];
-    fetch(line.first + line.offset[token_] * line.size);
-    if (++token_ == last_) {
-      token_ = first_;
-      ++at_;
-    }
-  }
-  // Not inlined: it would slow down the loop over tiles.
-  __attribute__((noinline)) void ask_for_the_rest() {
-    for (; at_ < lines_.size(); ++at_, token_ = first_)
-      for (const Line& line = lines_[at_]; token_ < last_; ++token_)
-        fetch(line.first + line.offset[token_] * line.size);
+    const size_t count = lines_.size() * size_t(last - first);
+    if (addresses_.size() < count) addresses_.resize(count);
+    const char** to = addresses_.data();
+    for (const Line& line : lines_)
+      for (int64_t token = first; token < last; ++token) *to++ = line.first + line.offset[token] * line.size;
+    queue.next_ = addresses_.data();
+    queue.end_ = to;
   }
 
  private:
@@ -96,21 +117,6 @@ class Wanted {
     int64_t size;
   };
 
-  // Intel's cores can wait for few lines on their way to the first-level cache, and what a product misses there is among
-  // them: no farther than the second level, then.
-  __attribute__((always_inline)) void fetch(const char* line) const {
-    if (to_second_level_)
-      __builtin_prefetch(line, 0, 2);
-    else
-      __builtin_prefetch(line, 0, 3);
-  }
-
-#ifdef POSMLP_X86_KERNELS
-  const bool to_second_level_ = __builtin_cpu_is("intel");
-#else
-  static constexpr bool to_second_level_ = false;
-#endif
   std::vector<Line> lines_;
-  size_t at_ = 0;
-  int64_t token_ = 0, first_ = 0, last_ = 0;
+  std::vector<const char*> addresses_;
 };

@@ -262,7 +262,7 @@ class Gate {
     for_each_tile(window, [&](int64_t tile, int64_t from, int64_t to) {
       wanted_.of_tokens(from, to);
       multiply(kernel, weights, tile, factor, y_, wanted_);
-      wanted_.ask_for_the_rest();
+      wanted_.queue.ask_for_the_rest();
       if (tile > 0)
         for (const Piece& piece : panel_.pieces) finish(piece, from - kTileRows, from);
       std::swap(y_, done_);

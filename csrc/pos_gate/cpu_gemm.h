@@ -157,8 +157,9 @@ __attribute__((noinline)) void multiply_tile(const Run* run, const Run* last, co
   }
   const E *operands = from + run->row, *weights = all_weights + run->at;
   int32_t steps = run->count;
+  Wanted::Queue queue = wanted.queue;
   while (true) {
-    for (int i = 0; i < kAsks; ++i) wanted.ask();
+    for (int i = 0; i < kAsks; ++i) queue.ask();
     Operands<E> vectors[kVectors];
     for (int v = 0; v < kVectors; ++v) vectors[v] = Operands<E>(operands + v * kLanes);
     for (int r = 0; r < kTileRows; ++r)
@@ -176,6 +177,7 @@ __attribute__((noinline)) void multiply_tile(const Run* run, const Run* last, co
     weights = all_weights + run->at;
     steps = run->count;
   }
+  wanted.queue = queue;
   for (int r = 0; r < kTileRows; ++r, to += kPanel) {
     for (int v = 0; v < kVectors; ++v) store(to + v * kLanes, sums[r][v]);
     if (kHalf) store(to + kVectors * kLanes, halves[r]);

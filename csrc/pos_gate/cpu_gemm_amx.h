@@ -53,8 +53,9 @@ template <class A, class E, int kAsks, int kVectors, bool>
 __attribute__((noinline)) void multiply_tile(const Run* run, const Run* last, const E* all_weights, const E* from, A* to,
                                              Wanted& wanted) {
   constexpr int64_t kLanes = VectorOf<A>::kLanes, kPanel = kPanelOf<A>, kStride = kPanel * sizeof(E);
+  Wanted::Queue queue = wanted.queue;
   const auto ask = [&] {  // as often as in so many steps of the other instruction sets
-    for (int i = 0; i < kAsks * kStepsAtOnce / kVectors; ++i) wanted.ask();
+    for (int i = 0; i < kAsks * kStepsAtOnce / kVectors; ++i) queue.ask();
   };
   finish_stores();
   zero_sums<kVectors>();
@@ -75,6 +76,7 @@ __attribute__((noinline)) void multiply_tile(const Run* run, const Run* last, co
       ask();
     }
   }
+  wanted.queue = queue;
   store_sums<kVectors>(to, kPanel);
 }
 
