@@ -59,7 +59,7 @@ bench: $(VENV)/.built  ## measure on this machine, in less than ten minutes
 # Whole models take torch.compile minutes each the first time.
 RIVALS := posmlp_tiny convnext_tiny swin_tiny_patch4_window7_224
 
-bench-compiled: $(VENV)/.built  ## PosMLP-T and its rivals again, each also by torch.compile, in up to twenty minutes
+bench-compiled: $(VENV)/.built  ## PosMLP-T and its rivals again, each also by torch.compile, which takes longer
 	$(PY) -m benchmarks.bench_models --models $(RIVALS) --out benchmarks/results/cpu_compiled.json
 	$(PY) -m benchmarks.report
 

@@ -57,6 +57,7 @@ class Linear(nn.Linear):
         return self
 
     def _lay_out(self) -> None:
+        """Moves the weight's numbers to where they are multiplied fastest; the parameter stays the same."""
         weight = self._parameters.get("weight")
         # Not what a parametrisation computes, what other processes see, or what must not be changed.
         if type(weight) is not nn.Parameter or weight.is_shared() or weight.is_inference() or not _PAYS:
@@ -76,7 +77,7 @@ class Linear(nn.Linear):
 
 
 def pays(dtype: torch.dtype) -> bool:
-    """Whether oneDNN multiplies numbers of that type, as far as machine and settings decide it."""
+    """Whether oneDNN multiplies numbers of that type, as far as machine, settings and gradients decide it."""
     if dtype == torch.float32:
         return _PAYS and torch.backends.mkldnn.enabled
     # A backward would have to copy both of its operands: oneDNN is slow where bfloat16 lies by columns.
@@ -101,7 +102,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, plus: Tensor 
     if torch.compiler.is_compiling():
         return torch.ops.posmlp.linear(x, weight, bias, plus)
     if weight.dtype != torch.float32:
-        weight = weight.contiguous()
+        weight = weight.contiguous()  # as it is, unless somebody put in one of their own
     elif weight.is_contiguous() and x.numel() >= _MANY_ROWS * x.shape[-1]:
         weight = transposed(weight).T
     if plus is not None:

@@ -44,7 +44,7 @@ std::vector<const Kernels*> kernels_of_this_processor() {
 #ifdef POSMLP_X86_BF16_KERNELS
   const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
   if (bf16 && has_amx()) kernels.push_back(&kAvx512Amx);
-  // Intel's take as long for a product of pairs as for two of single numbers, and the pairs have to be made.
+  // On Intel's they are slower than single numbers (docs/cpu.md says how to see it): pairs have to be made as well.
   const bool pairs_pay = !__builtin_cpu_is("intel");
   if (bf16 && pairs_pay) kernels.push_back(&kAvx512Bf16);
   if (avx512) kernels.push_back(&kAvx512);

@@ -258,6 +258,20 @@ def test_inference_in_bfloat16(shape, width, bias, products, monkeypatch):
     assert len(products) == (len(shape) > 1) and layer.weight.grad is not None
 
 
+@needs_bfloat16
+def test_inference_in_bfloat16_compiled_and_by_columns(products, monkeypatch):
+    monkeypatch.setattr(module, "_PAYS_IN_BFLOAT16", True)
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    layer, x = Linear(48, 96).bfloat16(), torch.randn(2, 7, 48).bfloat16()
+    with torch.no_grad():
+        y = layer(x)
+        assert torch.equal(compiled(layer)(x), y)
+        layer.weight = nn.Parameter(layer.weight.detach().T.contiguous().T)
+        assert torch.equal(layer(x), y)
+    assert products
+
+
 @needs_onednn
 def test_a_weight_is_laid_out_anew_for_another_dtype_or_device():
     layer = Linear(6, 9)
