@@ -16,9 +16,12 @@ from pathlib import Path
 
 ARCHITECTURES = "8.0 8.6 8.9 9.0a 10.0 12.0"
 SOURCES = sorted(str(path) for path in [Path("csrc/module.cpp"), *Path("csrc").rglob("*.cu")])
+# No file uses another's device code, so nothing is device-linked: with --threads nvcc would link for all
+# architectures at once, into one temporary file, and fails now and then.
 FLAGS = (
-    "-std=c++17", "-O3", "-shared", "-cudart=static", "-Xcompiler=-fPIC", "--expt-relaxed-constexpr",
-    "-DPy_LIMITED_API=0x030A0000", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DLIBRARY=_C_cuda",
+    "-std=c++17", "-O3", "-shared", "-nodlink", "-cudart=static", "-Xcompiler=-fPIC",
+    "--expt-relaxed-constexpr", "-DPy_LIMITED_API=0x030A0000", "-DTORCH_TARGET_VERSION=0x020a000000000000",
+    "-DLIBRARY=_C_cuda",
 )  # fmt: skip
 
 
