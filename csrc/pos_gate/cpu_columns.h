@@ -16,17 +16,25 @@ struct Panel {
   Pieces pieces;
 };
 
-// A window class with the addresses of its tokens, relative to the first one, in each map.
+// A window class with the addresses of its tokens, relative to the first one, in each map: in bytes.
 struct Window {
   WindowClass cls;
   int64_t tokens;
-  std::vector<int64_t> index, place, x, dz, z, dx, token;
+  std::vector<int64_t> index, place, token;
+  std::vector<int64_t> x, dz, z, dx, dx_normed;
 
-  Window(const Call& call, const WindowClass& c, const View& z_view, const View& dx_view, const View& token_view)
-      : cls(c), tokens(c.tokens()), index(c.token_indices(call.shape)),
-        place(c.token_offsets(call.shape.table_view())), x(c.token_offsets(call.x_view)),
-        dz(c.token_offsets(call.dz_view)), z(c.token_offsets(z_view)), dx(c.token_offsets(dx_view)),
-        token(c.token_offsets(token_view)) {}
+  // T, A: what maps and the gradient of the normed X1 hold.
+  template <class T, class A>
+  static Window make(const Call& call, const WindowClass& c, const View& z_view, const View& dx_view, const View& token_view) {
+    const auto bytes = [&](const View& view, size_t size) {
+      std::vector<int64_t> offsets = c.token_offsets(view);
+      for (int64_t& offset : offsets) offset *= int64_t(size);
+      return offsets;
+    };
+    return {c, c.tokens(), c.token_indices(call.shape), c.token_offsets(call.shape.table_view()), c.token_offsets(token_view),
+            bytes(call.x_view, sizeof(T)), bytes(call.dz_view, sizeof(T)), bytes(z_view, sizeof(T)),
+            bytes(dx_view, sizeof(T)), bytes(z_view, sizeof(A))};
+  }
 };
 
 // One map as the pieces of a panel see it: `data` at the group's first channel, the origin of each piece, and the
@@ -37,12 +45,13 @@ struct Map {
   int64_t Piece::*origin;
   const std::vector<int64_t>& offset;
 
-  U* at(const Piece& piece, int64_t token) const {
-    return data + piece.*origin + piece.channel + offset[token];
-  }
-  // The rows of the tokens from `first` on: row(k)[channel], as few loads as can be.
-  auto rows(const Piece& piece, int64_t first) const {
-    return [start = data + piece.*origin + piece.channel, place = &offset[first]](int64_t k) { return start + place[k]; };
+  U* first(const Piece& piece) const { return data + piece.*origin + piece.channel; }
+  // The rows of the tokens from `from` on: row(k)[channel], as few loads as can be.
+  auto rows(const Piece& piece, int64_t from) const {
+    using Byte = std::conditional_t<std::is_const_v<U>, const char, char>;
+    return [start = reinterpret_cast<Byte*>(first(piece)), place = &offset[from]](int64_t k) {
+      return reinterpret_cast<U*>(start + place[k]);
+    };
   }
 };
 
@@ -50,20 +59,27 @@ struct Map {
 // too few buffers to ask for a panel at once: the products ask for a cache line or two in each of their steps.
 class Wanted {
  public:
-  // The lines of some tokens, their addresses known beforehand: a step has no time to find them.
+  // The lines of some tokens. Few instructions find one: a step has little time for them.
   class Queue {
    public:
     // Asks for a line if there is one left.
     __attribute__((always_inline)) void ask() {
-      if (next_ == end_) return;
-      fetch(*next_++);
+      if (line_ == end_) return;
+      fetch(line_->first + line_->offset[token_]);
+      if (++token_ != last_) return;
+      token_ = first_;
+      ++line_;
     }
     void ask_for_the_rest() {
-      while (next_ != end_) fetch(*next_++);
+      while (line_ != end_) ask();
     }
 
    private:
     friend class Wanted;
+    struct Line {  // of the row of each token
+      const char* first;
+      const int64_t* offset;
+    };
 
     // Intel's cores can wait for few lines on their way to the first-level cache, and what a product misses there is
     // among them: no farther than the second level, then.
@@ -74,7 +90,8 @@ class Wanted {
         __builtin_prefetch(line, 0, 3);
     }
 
-    const char *const *next_ = nullptr, *const *end_ = nullptr;
+    const Line *line_ = nullptr, *end_ = nullptr;
+    int64_t token_ = 0, first_ = 0, last_ = 0;
 #ifdef POSMLP_X86_KERNELS
     bool to_second_level_ = __builtin_cpu_is("intel");
 #else
@@ -89,34 +106,23 @@ class Wanted {
   template <class U>
   void add(const Map<U>& map, const Pieces& pieces) {
     for (const Piece& piece : pieces) {
-      const char* row = reinterpret_cast<const char*>(map.at(piece, 0));
+      const char* row = reinterpret_cast<const char*>(map.first(piece));
       const char* end = row + piece.count * int64_t(sizeof(U));
       for (const char* line = row - size_t(row) % kLine; line < end; line += kLine) {
-        Line& wanted = lines_.emplace_back();  // filled in place: a copy would wait for the single stores
+        Queue::Line& wanted = lines_.emplace_back();  // filled in place: a copy would wait for the single stores
         wanted.first = line;
         wanted.offset = map.offset.data();
-        wanted.size = int64_t(sizeof(U));
       }
     }
   }
   void of_tokens(int64_t first, int64_t last) {
-    const size_t count = lines_.size() * size_t(last - first);
-    if (addresses_.size() < count) addresses_.resize(count);
-    const char** to = addresses_.data();
-    for (const Line& line : lines_)
-      for (int64_t token = first; token < last; ++token) *to++ = line.first + line.offset[token] * line.size;
-    queue.next_ = addresses_.data();
-    queue.end_ = to;
+    queue.line_ = lines_.data();
+    queue.end_ = queue.line_ + lines_.size();
+    queue.token_ = queue.first_ = first;
+    queue.last_ = last;
   }
 
  private:
   static constexpr size_t kLine = 64;
-  struct Line {  // of the row of each token
-    const char* first;
-    const int64_t* offset;
-    int64_t size;
-  };
-
-  std::vector<Line> lines_;
-  std::vector<const char*> addresses_;
+  std::vector<Queue::Line> lines_;
 };

@@ -29,7 +29,7 @@ class Gate {
         workspace_(Workspace<A, E>::of_thread()), mixing_(call, kEpsilonOf<T>, workspace_.mixing) {
     int64_t most_tokens = 0;
     for (const auto& cls : window_classes(shape_)) {
-      windows_.emplace_back(call_, cls, z_view_, dx_view_, token_view_);
+      windows_.push_back(Window::make<T, A>(call_, cls, z_view_, dx_view_, token_view_));
       most_tokens = std::max(most_tokens, cls.tokens());
     }
     ld_ = round_up(round_up(most_tokens, kTileRows), std::max(kLanes, kStepsAtOnce * kDepthOf<E>));
@@ -157,7 +157,8 @@ class Gate {
   // dX1 = P^T dU; what the norm's gradient starts from where there is one.
   void backward_panel_to_x1(const Window& window, const A* du) {
     if (!call_.norm_weight) return multiply_into(dx_map(window, 0), window, du, slope1_);
-    multiply_into(Map<A>{static_cast<A*>(call_.dx_normed) + first_channel(), &Piece::z, window.z}, window, du, nullptr);
+    multiply_into(Map<A>{static_cast<A*>(call_.dx_normed) + first_channel(), &Piece::z, window.dx_normed}, window, du,
+                  nullptr);
   }
   template <class U>
   void multiply_into(const Map<U>& out, const Window& window, const A* du, const A* slopes) {
