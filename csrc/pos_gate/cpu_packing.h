@@ -23,6 +23,7 @@ class Packing {
     packed.clear();
     packed.weights.clear();
     if (weights_.shared()) share_table<kRows>(packed);
+    if (!kRows) least_limit_ = *std::min_element(weights_.limit(), weights_.limit() + tokens);
     for (int64_t first = 0; first < tokens; first += kTileRows) {
       const int64_t rows = std::min<int64_t>(kTileRows, tokens - first), last = first + rows - 1;
       if (weights_.shared() && rows == kTileRows && place[last] == place[first] + rows - 1)
@@ -82,14 +83,12 @@ class Packing {
   template <bool kRows>
   void pack_shared(Packed<E>& packed, int64_t first) const {
     const int64_t *place = window().place.data(), length = window().cls.box[2], origin = weights_.centre() + place[first];
-    const double* scale = weights_.scale();
-    const A *peak = b_.peak.data(), *row_peak = b_.row_peak.data();
-    const double largest = kRows ? *std::max_element(scale + first, scale + first + kTileRows) : weights_.largest_scale();
-    const double negligible = weights_.negligible();
-    const auto counts = [&](int64_t k) { return peak[origin - place[k]] * (kRows ? largest : scale[k]) > negligible; };
+    const A *peak = b_.peak.data(), *row_peak = b_.row_peak.data(), *limit = weights_.limit();
+    const A least = kRows ? *std::min_element(limit + first, limit + first + kTileRows) : least_limit_;
+    const auto counts = [&](int64_t k) { return peak[origin - place[k]] > (kRows ? least : limit[k]); };
     for (int64_t row = 0; row < window().tokens; row += length) {
       int64_t from = row, to = row + length;
-      if (!(row_peak[origin - place[to - 1]] * largest > negligible)) continue;
+      if (!(row_peak[origin - place[to - 1]] > least)) continue;
       while (from < to && !counts(from)) ++from;
       if (from == to) continue;
       while (!counts(to - 1)) --to;
@@ -129,7 +128,7 @@ class Packing {
       for (int64_t d = 0; d < std::min(kDepth, window().tokens - step * kDepth); ++d) {
         const int64_t i = kRows ? first + r : step * kDepth + d, j = kRows ? step * kDepth + d : first + r;
         pair[d] = weights_.weight_of(i, j);
-        counts |= !(std::abs(pair[d]) * (weights_.shared() ? weights_.scale()[i] : 1) <= weights_.negligible());
+        counts |= !(std::abs(pair[d]) <= double(weights_.limit()[i]));
       }
       weights[r] = operand<E>(pair[0], pair[1]);
     }
@@ -147,4 +146,5 @@ class Packing {
   const int64_t table_size_;
   const Weights<A>& weights_;
   PackingBuffers<A>& b_;
+  A least_limit_ = 0;
 };

@@ -32,7 +32,7 @@ class Packing {
     }
     for (int64_t first = 0; first < tokens; first += kTileRows) {
       for (int64_t key = 0; key < tokens; key += kKeys)
-        if (largest_of_block(matrix + first * ld + key, ld) > negligible<kRows>(first, key))
+        if (largest_of_block(matrix + first * ld + key, ld) > (kRows ? limit(first, kTileRows) : limit(key, kKeys)))
           packed.add(start + (first * ld + key) / 2, key / 2 * kPanelOf<A>, divide_up(std::min(kKeys, tokens - key), 2), ld / 2);
       if (!packed.last_of_tile()) packed.add(start + first * ld / 2, 0, 1, ld / 2);  // of weights that do not count
       packed.end_tile();
@@ -46,16 +46,14 @@ class Packing {
 
   const Window& window() const { return weights_.window(); }
 
-  // What a packed weight must exceed in a block of rows and keys: scales of shared weights are the queries'.
-  template <bool kRows>
-  double negligible(int64_t first, int64_t key) const {
-    if (!weights_.shared()) return weights_.negligible();
-    const int64_t query = kRows ? first : key, last = std::min(window().tokens, query + (kRows ? kTileRows : kKeys));
-    return weights_.negligible() / largest_of(weights_.scale() + query, last - query);
+  // What must be exceeded in a block of these queries to be packed.
+  float limit(int64_t query, int64_t count) const {
+    const auto* const first = weights_.limit() + query;
+    return *std::min_element(first, first + std::min(count, window().tokens - query));
   }
 
   // NaN counts as more than anything.
-  static double largest_of_block(const Bfloat16* block, int64_t ld) {
+  static float largest_of_block(const Bfloat16* block, int64_t ld) {
     using Halves = Lanes<kKeys>::halves;
     Halves magnitudes{};  // their order is that of their bits
     for (int r = 0; r < kTileRows; ++r) {

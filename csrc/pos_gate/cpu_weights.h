@@ -9,7 +9,9 @@
 // `dense`, each row about its own maximum.
 //
 // Under softmax the weights of a row that are packed sum to 1 but for eps / 8 at most: the others cannot show in a
-// rounded result, and for a Gaussian a third of a window of 14 and two thirds of one of 24 are such.
+// rounded result, and for a Gaussian two fifths of a window of 14 and two thirds of one of 24 are such. What may be left
+// out of a row is what does not exceed its limit, and all of the table up to there, far more than the row has, sums to no
+// more than that.
 // No include guard: every instruction set compiles this text anew, inside its own namespace and target options.
 
 constexpr int kDoubles = VectorOf<double>::kLanes;
@@ -42,7 +44,7 @@ inline A largest_of(const A* values, int64_t count) {
 template <class A>
 struct WeightBuffers {
   std::vector<double> weight, scale, row, sums;
-  std::vector<A> dense;
+  std::vector<A> dense, limit, rounded;
 };
 
 template <class A>
@@ -56,11 +58,11 @@ class Weights {
     window_ = &window;
     table_ = at_group(call_.table, group, shape_.table_size());
     centre_ = shape_.table_size() / 2;
-    negligible_ = call_.softmax ? epsilon_ / 8 / double(window.tokens) : 0;
     factored_ = table_ && !call_.matrix && weigh_table() && scale_rows();
-    largest_scale_ = factored_ ? *std::max_element(b_.scale.begin(), b_.scale.begin() + window.tokens) : 1;
+    largest_scale_ = factored_ ? largest_of(b_.scale.data(), window.tokens) : 1;
     shared_ = factored_ && largest_scale_ < kMostShared;
     if (!factored_) build_dense(group);
+    find_limits();
   }
 
   const Window& window() const { return *window_; }
@@ -69,8 +71,7 @@ class Weights {
   bool factored() const { return factored_; }
   // Whether products may read the table as it is: their results, or what they are given, lack the rows' scales.
   bool shared() const { return shared_; }
-  double negligible() const { return negligible_; }  // what a weight of P must exceed to be packed
-  double largest_scale() const { return largest_scale_; }
+  const A* limit() const { return b_.limit.data(); }  // of each query: what weight_of must exceed to be packed
   const double* weight() const { return b_.weight.data(); }  // of each entry of the table
   const double* scale() const { return b_.scale.data(); }    // of each query
   const A* dense(int64_t i) const { return &b_.dense[i * window_->tokens]; }
@@ -109,8 +110,12 @@ class Weights {
     }
     const double maximum = double(largest_of(table_, size));
     for (int64_t e = 0; e < size; ++e) b_.weight[e] = double(table_[e]) - maximum;
-    for (int64_t e = 0; e < size; e += kDoubles)
-      store(&b_.weight[e], exponential(load<double>(&b_.weight[e])));
+    b_.rounded.resize(round_up(size, kDoubles));
+    for (int64_t e = 0; e < size; e += kDoubles) {
+      const DoubleVec weight = exponential(load<double>(&b_.weight[e]));
+      store(&b_.weight[e], weight);
+      store_rounded(&b_.rounded[e], weight);
+    }
     std::fill(b_.weight.begin() + size, b_.weight.end(), 0.);
     return true;
   }
@@ -119,7 +124,7 @@ class Weights {
   bool scale_rows() {
     constexpr double kEnough = 1e-280;
     const int64_t tokens = window_->tokens;
-    make_room(b_.scale, round_up(tokens, kTileRows));
+    make_room(b_.scale, round_up(tokens, VectorOf<A>::kLanes));
     if (!call_.softmax) {
       std::fill_n(b_.scale.begin(), tokens, 1.);
       return true;
@@ -129,8 +134,9 @@ class Weights {
     for (int64_t i = 0; i < tokens; ++i) {
       const double sum = b_.sums[centre_ + window_->place[0] - window_->place[i]];
       if (!(sum >= kEnough)) return false;
-      b_.scale[i] = 1 / sum;
+      b_.scale[i] = sum;
     }
+    for (int64_t i = 0; i < tokens; ++i) b_.scale[i] = 1 / b_.scale[i];  // by vectors
     return true;
   }
 
@@ -150,6 +156,53 @@ class Weights {
     for (int64_t k = 1; k < box; ++k) add(k, k + box - 1);
     if (d + 1 < kRank)
       for (int64_t k = 0; k < box; ++k) sum_boxes(sums + k * stride, d + 1);
+  }
+
+  // ---- what may be left out ----
+
+  // The largest of some candidates up to which the table's weights, times the row's scale, sum to eps / 8 or less; at
+  // least what keeps to that if all of the row were as large. No more than that in half precision: its eps is large,
+  // and what is left out, always the far weights, would be seen in gradients of the table, which are in single.
+  void find_limits() {
+    constexpr int kLanes = VectorOf<A>::kLanes;
+    const int64_t tokens = window_->tokens;
+    const A each = A(call_.softmax ? epsilon_ / 8 / double(tokens) : 0);
+    b_.limit.assign(round_up(tokens, kLanes), each);
+    if (!shared_ || !call_.softmax) return;
+    constexpr int64_t kFew = 64;  // hardly a weight of theirs is negligible
+    A candidates[kCandidates] = {}, scales[kCandidates] = {};
+    const bool single = epsilon_ <= double(std::numeric_limits<A>::epsilon());
+    if (tokens > kFew && single) find_candidates(each, candidates, scales);
+    for (int64_t i = 0; i < tokens; i += kLanes) {
+      A rounded[kLanes];
+      for (int j = 0; j < kLanes; j += kDoubles) store_rounded(rounded + j, load<double>(&b_.scale[i + j]));
+      const Vec<A> scale = load<A>(rounded);
+      Vec<A> limit = each / scale;
+      for (int k = 0; k < kCandidates; ++k)
+        limit = scale <= scales[k] && limit < candidates[k] ? fill<Vec<A>>(candidates[k]) : limit;
+      store(&b_.limit[i], limit);
+    }
+  }
+
+  // Candidates, the smallest first, and the largest scale of a row that may leave out so much.
+  static constexpr int kCandidates = 8;
+  void find_candidates(A each, A* candidates, A* scales) const {
+    constexpr A kFirst = 3, kRatio = A(1.75);
+    candidates[0] = kFirst * each / A(largest_scale_);
+    for (int k = 1; k < kCandidates; ++k) candidates[k] = kRatio * candidates[k - 1];
+    constexpr int kLanes = std::min(kCandidates, VectorOf<A>::kLanes);
+    using Some = Vec<A, kLanes>;
+    for (int k = 0; k < kCandidates; k += kLanes) {
+      const Some limit = load<A, kLanes>(candidates + k);
+      Some sums[4] = {};  // of weights up to each; four that wait for each other less than one would
+      const auto add = [&](Some& sum, A weight) { sum += weight <= limit ? fill<Some>(weight) : Some{}; };
+      const int64_t size = shape_.table_size();
+      int64_t e = 0;
+      for (; e + 4 <= size; e += 4)
+        for (int i = 0; i < 4; ++i) add(sums[i], b_.rounded[e + i]);
+      for (; e < size; ++e) add(sums[0], b_.rounded[e]);
+      store(scales + k, A(epsilon_ / 8) / ((sums[0] + sums[1]) + (sums[2] + sums[3])));
+    }
   }
 
   // ---- dense ----
@@ -193,6 +246,6 @@ class Weights {
   const Window* window_ = nullptr;
   const A* table_ = nullptr;  // of the group at hand
   int64_t centre_ = 0;
-  double negligible_ = 0, largest_scale_ = 1;
+  double largest_scale_ = 1;
   bool factored_ = false, shared_ = false;
 };

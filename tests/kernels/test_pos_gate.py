@@ -138,6 +138,35 @@ def test_sizes_around_tile_edges(backend, tokens, dtype):
             assert error <= tolerance, f"{name} with {channels} channels in a group: {error:.3e}"
 
 
+@pytest.mark.skipif(not available("cpu"), reason="the cpu back end is not built")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sharpness", [1.0, 0.5])
+def test_what_the_cpu_leaves_out_of_a_row(dtype, sharpness):
+    """In P and in its transpose: far weights, that sum to eps / 8 of their row at most, and only those."""
+    center = torch.tensor([[0.0, 0.0], [2.3, -1.4]], dtype=torch.float64)
+    factor = sharpness * torch.tensor(
+        [[[1.0, 0.0], [0.0, 1.0]], [[1.2, 0.4], [0.0, 0.7]]], dtype=torch.float64
+    )
+    table = gqpe_table(center, factor, (14, 14), backend="reference").float()
+    tokens = 20 * 14  # a whole window, and one of 6 x 14 tokens
+    identity = torch.eye(tokens, dtype=dtype).view(1, 20, 14, tokens).repeat(1, 1, 1, 2)  # in both groups
+    x = torch.cat([identity, torch.ones_like(identity)], -1).requires_grad_()
+    z = pos_gate(
+        x, table.to(torch.promote_types(dtype, torch.float32)), window=14, softmax=True, backend="cpu"
+    )
+    (dx,) = torch.autograd.grad(z, x, identity)
+    truth = pos_gate(x.detach().double(), table.double(), window=14, softmax=True, backend="reference")
+    by_rows, by_columns, truth = (
+        maps.detach().double().view(tokens, 2, tokens).transpose(0, 1)
+        for maps in (z, dx[..., : 2 * tokens], truth)
+    )
+    for packed in (by_rows, by_columns.transpose(1, 2)):
+        left_out = (packed == 0) & (truth > 0)
+        assert left_out.sum() > 0.2 * (truth > 0).sum() or sharpness < 1 or dtype == torch.float64
+        assert (truth * left_out).sum(-1).max() <= torch.finfo(dtype).eps / 8 * (1 + 1e-5)
+        assert torch.allclose(packed[~left_out], truth[~left_out], rtol=16 * torch.finfo(dtype).eps, atol=0)
+
+
 @over_backends()
 def test_batches_do_not_mix(backend):
     """One image gives the same bits alone and in a batch."""
