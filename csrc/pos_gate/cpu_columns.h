@@ -70,8 +70,12 @@ class Wanted {
       token_ = first_;
       ++line_;
     }
-    void ask_for_the_rest() {
-      while (line_ != end_) ask();
+    // Not inlined: it would slow down the loop over tiles.
+    __attribute__((noinline)) void ask_for_the_rest() {
+      int64_t token = token_;
+      for (const Line* line = line_; line != end_; ++line, token = first_)
+        for (; token != last_; ++token) fetch(line->first + line->offset[token]);
+      line_ = end_;
     }
 
    private:
