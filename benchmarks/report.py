@@ -34,15 +34,15 @@ MODEL_NAMES = {
 
 
 def load(name: str) -> dict:
-    """One of the committed results: "cpu", "cpu_bf16" (the gate), "cpu_models", "cpu_compiled", or of another
-    processor "zen4" and "zen4_models"."""
+    """One of the committed results: "cpu", "cpu_bf16" (the gate), "cpu_models" or "cpu_compiled", or the same
+    of another processor, "xeon" and so on."""
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
 def load_cpu() -> dict[str, dict]:
     """The CPU's results by their names."""
-    names = ("cpu", "cpu_bf16", "cpu_models", "cpu_compiled", "zen4", "zen4_models")
-    return {name: load(name) for name in names}
+    kinds = ("", "_bf16", "_models", "_compiled")
+    return {name: load(name) for name in (of + kind for of in ("cpu", "xeon") for kind in kinds)}
 
 
 def fill(text: str, cpu: dict[str, dict], runs: list[dict]) -> str:
@@ -59,14 +59,9 @@ def fill(text: str, cpu: dict[str, dict], runs: list[dict]) -> str:
         "cases": lambda: case_table(gate),
         "memory": lambda: memory_table(gate),
         "ceilings": lambda: ceiling_table(gate),
-        "targets": lambda: (
-            conditions(gate)
-            + target_table([*gate_targets(gate), *model_targets(models), *compiled_targets(compiled)])
-        ),
-        "targets_zen4": lambda: (
-            conditions(cpu["zen4"])
-            + target_table([*gate_targets(cpu["zen4"]), *model_targets(cpu["zen4_models"])])
-        ),
+        "targets": lambda: targets_of(cpu, "cpu"),
+        "targets_xeon": lambda: targets_of(cpu, "xeon"),
+        "bfloat16_xeon": lambda: half_table(cpu["xeon_bf16"], cpu["xeon"]),
         "gpu": lambda: summary_of(runs),
         "gpu_details": lambda: details_of(runs),
     }
@@ -202,6 +197,13 @@ def ceiling_table(results: dict) -> str:
         for name, rate in results["ceilings"].items()
     )
     return markdown(("ceiling", *columns), cells)
+
+
+def targets_of(cpu: dict[str, dict], processor: str) -> str:
+    """All targets of a processor."""
+    gate, models, compiled = (cpu[processor + kind] for kind in ("", "_models", "_compiled"))
+    rows = [*gate_targets(gate), *model_targets(models), *compiled_targets(compiled)]
+    return conditions(gate) + target_table(rows)
 
 
 def target_table(targets: Iterable[Target]) -> str:
