@@ -161,8 +161,8 @@ class Weights {
   // ---- what may be left out ----
 
   // The largest of some candidates up to which the table's weights, times the row's scale, sum to eps / 8 or less; at
-  // least what keeps to that if all of the row were as large. No more than that in half precision: its eps is large,
-  // and what is left out, always the far weights, would be seen in gradients of the table, which are in single.
+  // least what keeps to that if all of the row were as large. No more than that where maps are in half precision: its eps
+  // is large, and what is left out, always far weights, would be seen in the table's gradients, which are in single.
   void find_limits() {
     constexpr int kLanes = VectorOf<A>::kLanes;
     const int64_t tokens = window_->tokens;
@@ -171,8 +171,8 @@ class Weights {
     if (!shared_ || !call_.softmax) return;
     constexpr int64_t kFew = 64;  // hardly a weight of theirs is negligible
     A candidates[kCandidates] = {}, scales[kCandidates] = {};
-    const bool single = epsilon_ <= double(std::numeric_limits<A>::epsilon());
-    if (tokens > kFew && single) find_candidates(each, candidates, scales);
+    const bool half = epsilon_ > double(std::numeric_limits<A>::epsilon());
+    if (tokens > kFew && !half) find_candidates(each, candidates, scales);
     for (int64_t i = 0; i < tokens; i += kLanes) {
       A rounded[kLanes];
       for (int j = 0; j < kLanes; j += kDoubles) store_rounded(rounded + j, load<double>(&b_.scale[i + j]));
