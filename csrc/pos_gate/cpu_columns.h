@@ -16,7 +16,8 @@ struct Panel {
   Pieces pieces;
 };
 
-// A window class with the addresses of its tokens, relative to the first one, in each map: in bytes.
+// A window class, where its tokens lie in the window and the table, and their addresses relative to the first one in each
+// map: in bytes, so that a step that asks for a line has nothing to multiply.
 struct Window {
   WindowClass cls;
   int64_t tokens;
@@ -25,13 +26,15 @@ struct Window {
 
   // T, A: what maps and the gradient of the normed X1 hold.
   template <class T, class A>
-  static Window make(const Call& call, const WindowClass& c, const View& z_view, const View& dx_view, const View& token_view) {
+  static Window make(const Call& call, const WindowClass& c, const View& z_view, const View& dx_view,
+                     const View& token_view) {
     const auto bytes = [&](const View& view, size_t size) {
       std::vector<int64_t> offsets = c.token_offsets(view);
       for (int64_t& offset : offsets) offset *= int64_t(size);
       return offsets;
     };
-    return {c, c.tokens(), c.token_indices(call.shape), c.token_offsets(call.shape.table_view()), c.token_offsets(token_view),
+    return {c, c.tokens(),
+            c.token_indices(call.shape), c.token_offsets(call.shape.table_view()), c.token_offsets(token_view),
             bytes(call.x_view, sizeof(T)), bytes(call.dz_view, sizeof(T)), bytes(z_view, sizeof(T)),
             bytes(dx_view, sizeof(T)), bytes(z_view, sizeof(A))};
   }
