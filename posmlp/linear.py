@@ -121,31 +121,41 @@ class _OneDNNLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, needs_plus = ctx.needs_input_grad
         rows, drows = x.flatten(0, -2), dy.flatten(0, -2)  # [M, K], [M, N]
+        dweight = dbias = None
         if torch.is_grad_enabled():  # somebody wants gradients of the gradients
-            dx, dweight = dy @ weight, drows.T @ rows
+            dx, dweight, dbias = dy @ weight, drows.T @ rows, drows.sum(0)
         else:
             dx = product(dy, weight.T) if needs_x else None
-            dweight = _weight_gradient(rows, drows) if needs_weight else None
-        return dx, dweight, drows.sum(0) if needs_bias else None, dy if needs_plus else None
+            if needs_weight:
+                dweight, dbias = _parameter_gradients(rows, drows, needs_bias)
+            elif needs_bias:
+                dbias = drows.sum(0)
+        return dx, dweight, dbias if needs_bias else None, dy if needs_plus else None
 
 
-def _weight_gradient(rows: Tensor, drows: Tensor) -> Tensor:
-    """`[M, K], [M, N] -> [N, K]`, by columns. oneDNN wants its first operand by rows, so that one of the two
-    has to be transposed: the smaller one."""
+def _parameter_gradients(rows: Tensor, drows: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
+    """`[M, K], [M, N] -> [N, K], [N]`: the weight's, by columns, and the bias's, empty if nobody wants it.
+
+    oneDNN wants its first operand by rows, so that one of the two has to be transposed: the smaller one.
+    Gradients are summed where they pass anyway: in the product, as that of one more row, of ones, or out of
+    caches that the copy has just filled.
+    """
     if torch.compiler.is_compiling():
-        return torch.ops.posmlp.linear_weight_gradient(rows, drows)
+        return torch.ops.posmlp.linear_parameter_gradients(rows, drows, bias)
     if rows.shape[1] <= drows.shape[1]:
-        return product(transposed(rows), drows.T).T
-    return transposed(product(transposed(drows), rows.T)).T
+        sums = product(transposed(rows, ones=int(bias)), drows.T)
+        return sums[: rows.shape[1]].T, sums[rows.shape[1] :].flatten().clone()
+    columns = transposed(drows)
+    return transposed(product(columns, rows.T)).T, columns.sum(1) if bias else drows.new_empty(0)
 
 
 # What torch.compile puts into its graphs for the two functions. Left to itself, Inductor would multiply by
 # MKL, or ask for weights that are constants.
 _library = torch.library.Library("posmlp", "DEF")
 _library.define("linear(Tensor x, Tensor weight, Tensor? bias, Tensor? plus) -> Tensor")
-_library.define("linear_weight_gradient(Tensor rows, Tensor drows) -> Tensor")
+_library.define("linear_parameter_gradients(Tensor rows, Tensor drows, bool bias) -> (Tensor, Tensor)")
 _library.impl("linear", product, "CPU")
-_library.impl("linear_weight_gradient", _weight_gradient, "CPU")
+_library.impl("linear_parameter_gradients", _parameter_gradients, "CPU")
 
 
 @torch.library.register_fake("posmlp::linear", lib=_library)
@@ -153,6 +163,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, plus: Tensor | None) -> Te
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-@torch.library.register_fake("posmlp::linear_weight_gradient", lib=_library)
-def _(rows: Tensor, drows: Tensor) -> Tensor:
-    return rows.new_empty(rows.shape[1], drows.shape[1]).T
+@torch.library.register_fake("posmlp::linear_parameter_gradients", lib=_library)
+def _(rows: Tensor, drows: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
+    width = drows.shape[1]
+    return rows.new_empty(rows.shape[1], width).T, rows.new_empty(width if bias else 0)

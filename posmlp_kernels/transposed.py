@@ -1,4 +1,4 @@
-"""The transpose of a matrix as a copy, for the weight gradients of linear layers."""
+"""The transpose of a matrix as a copy, for the gradients of linear layers."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from .pos_gate import compiled
 _COMPILED = "cpu" in compiled.LOADED and hasattr(torch.ops.posmlp_kernels, "transposed")
 
 
-def transposed(x: Tensor) -> Tensor:
-    """`[M, K] -> [K, M]`, contiguous, without gradients; on CPUs in float32 at the speed of memory."""
+def transposed(x: Tensor, ones: int = 0) -> Tensor:
+    """`[M, K] -> [K + ones, M]`, contiguous, without gradients: the transpose, and rows of ones below it,
+    whose products with something are its sums. On CPUs in float32 at the speed of memory."""
     x = x.detach()
     if _COMPILED and x.is_cpu and x.dtype == torch.float32 and x.stride(1) == 1:
-        return torch.ops.posmlp_kernels.transposed(x)
-    return x.T.contiguous()
+        return torch.ops.posmlp_kernels.transposed(x, ones)
+    return torch.cat([x.T, x.new_ones(ones, len(x))]) if ones else x.T.contiguous()

@@ -1,4 +1,5 @@
-// transposed(x [M, K]) -> [K, M]: a copy at the speed of memory, for the weight gradients of linear layers.
+// transposed(x [M, K], ones) -> [K + ones, M]: a copy at the speed of memory, for the gradients of linear layers, and rows
+// of ones below it, whose products are sums.
 //
 // A library's product that sums over its operands' first dimension wants one of them transposed, and PyTorch's own
 // copy of that is slow. Here a block is as many numbers of 16 rows as a cache line has, read and written in whole lines
@@ -20,6 +21,8 @@ using torch::stable::Tensor;
 
 constexpr int64_t kLine = 16;        // floats
 constexpr int64_t kGrain = 1 << 15;  // numbers: less is not worth waking a thread
+constexpr int64_t kAhead = 1 << 13;  // numbers, along which x is asked for: 16 streams at once are more than a processor
+                                     // foresees by itself
 
 typedef float Four __attribute__((vector_size(16)));
 typedef int32_t Order __attribute__((vector_size(16)));
@@ -62,23 +65,27 @@ inline void turn_block(const float* from, int64_t ld_from, float* to, int64_t ld
     for (int64_t r = 0; r < rows; ++r) to[c * ld_to + r] = from[r * ld_from + c];
 }
 
-Tensor transposed(const Tensor& x) {
+Tensor transposed(const Tensor& x, int64_t ones) {
   STD_TORCH_CHECK(x.dim() == 2, "transposed: x must be [M, K], got ", x.dim(), " dimensions");
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float, "transposed: x must be float32, got numbers of ",
                   x.element_size(), " bytes");
   STD_TORCH_CHECK(x.stride(1) == 1 || x.numel() == 0, "transposed: the rows of x must be contiguous, got a stride of ",
                   x.stride(1));
+  STD_TORCH_CHECK(ones >= 0, "transposed: ones must not be negative, got ", ones);
   const int64_t rows = x.size(0), columns = x.size(1), ld = x.stride(0);
-  Tensor y = torch::stable::new_empty(x, {columns, rows});
+  Tensor y = torch::stable::new_empty(x, {columns + ones, rows});
   const float* from = static_cast<const float*>(x.const_data_ptr());
   float* to = static_cast<float*>(y.mutable_data_ptr());
+  std::fill_n(to + columns * rows, ones * rows, 1.f);
   // Strips of kLine rows of x: each reads whole rows, and writes whole lines of y.
   const int64_t strips = (rows + kLine - 1) / kLine, strip_size = kLine * std::max<int64_t>(columns, 1);
   torch::stable::parallel_for(0, strips, std::max<int64_t>(1, kGrain / strip_size), [&](int64_t first, int64_t last) {
     for (int64_t strip = first; strip < last; ++strip) {
       const int64_t r = strip * kLine, height = std::min(kLine, rows - r);
-      for (int64_t c = 0; c < columns; c += kLine)
+      for (int64_t c = 0; c < columns; c += kLine) {
+        for (int64_t line = 0; line < kLine; ++line) __builtin_prefetch(from + r * ld + (c + line) * kLine + kAhead);
         turn_block(from + r * ld + c, ld, to + c * rows + r, rows, height, std::min(kLine, columns - c));
+      }
     }
   });
   return y;
@@ -86,7 +93,7 @@ Tensor transposed(const Tensor& x) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(posmlp_kernels, m) { m.def("transposed(Tensor x) -> Tensor"); }
+STABLE_TORCH_LIBRARY_FRAGMENT(posmlp_kernels, m) { m.def("transposed(Tensor x, int ones=0) -> Tensor"); }
 
 STABLE_TORCH_LIBRARY_IMPL(posmlp_kernels, CPU, m) { m.impl("transposed", TORCH_BOX(&transposed)); }
 

@@ -1,4 +1,4 @@
-"""The transposed copy that linear layers make for their weight gradients."""
+"""The transposed copy that linear layers make for their gradients."""
 
 import pytest
 import torch
@@ -23,10 +23,18 @@ def test_rows_may_lie_apart_and_large_ones_are_shared_out():
         assert torch.equal(transposed(view), view.T)
 
 
+@pytest.mark.parametrize("ones", [1, 3])
+def test_rows_of_ones_below(ones):
+    for x in (torch.randn(37, 21), torch.randn(3000, 70)[:, 3:50], torch.randn(4, 0), torch.randn(0, 4)):
+        assert torch.equal(transposed(x, ones), torch.cat([x.T, torch.ones(ones, len(x))]))
+
+
+@pytest.mark.parametrize("ones", [0, 2])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int64])
-def test_other_types(dtype):
+def test_other_types(dtype, ones):
     x = torch.arange(30).view(5, 6).to(dtype)
-    assert torch.equal(transposed(x), x.T)
+    y = transposed(x, ones)
+    assert y.dtype == dtype and torch.equal(y, torch.cat([x.T, torch.ones(ones, 5, dtype=dtype)]))
 
 
 def test_nan_and_infinity_go_along():
@@ -57,3 +65,9 @@ def test_it_is_no_part_of_a_graph():
 def test_the_bare_op_refuses_by_name(x, message):
     with pytest.raises(RuntimeError, match=message):
         torch.ops.posmlp_kernels.transposed(x)
+
+
+@pytest.mark.skipif(not available("cpu"), reason="the cpu back end is not built")
+def test_the_bare_op_refuses_fewer_than_no_ones():
+    with pytest.raises(RuntimeError, match="ones must not be negative, got -1"):
+        torch.ops.posmlp_kernels.transposed(torch.zeros(3, 4), -1)

@@ -20,6 +20,7 @@ SHAPES = [  # of x, and the output's width
     ((24,), 5),
     ((37, 17), 3),
     ((3, 300, 65), 129),
+    ((8, 56, 56, 16), 64),  # long sums
 ]
 needs_onednn = pytest.mark.skipif(not module._PAYS, reason="here the linear layer is F.linear throughout")
 needs_bfloat16 = pytest.mark.skipif(
@@ -186,7 +187,8 @@ def test_ops_are_what_they_say(width):
     for bias, added in ((layer.bias.detach(), plus), (None, plus), (None, None)):
         torch.library.opcheck(torch.ops.posmlp.linear, (x, layer.weight.detach(), bias, added))
     rows, drows = x.flatten(0, 1), plus.flatten(0, 1)
-    torch.library.opcheck(torch.ops.posmlp.linear_weight_gradient, (rows, drows))
+    for bias in (True, False):
+        torch.library.opcheck(torch.ops.posmlp.linear_parameter_gradients, (rows, drows, bias))
 
 
 def test_empty_and_mismatched_input():
