@@ -120,6 +120,8 @@ class _OneDNNLinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, needs_plus = ctx.needs_input_grad
+        # Of expanded tensors, such as a sum's gradient, oneDNN's products take a thousand times as long.
+        x, dy = x.contiguous(), dy.contiguous()
         rows, drows = x.flatten(0, -2), dy.flatten(0, -2)  # [M, K], [M, N]
         dweight = dbias = None
         if torch.is_grad_enabled():  # somebody wants gradients of the gradients

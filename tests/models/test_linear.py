@@ -67,6 +67,25 @@ def test_strides_do_not_matter():
         assert_no_worse(values(layer, x), values(layer, x, F.linear), truth)
 
 
+@needs_onednn
+@pytest.mark.parametrize("width", [12, 48])
+def test_no_product_of_expanded_tensors(width, monkeypatch):
+    """The gradient of a sum is one number, expanded; oneDNN takes a second for what takes a millisecond."""
+    product, strides = module.product, []
+
+    def watched(x, weight, *more):
+        strides.extend((x.stride(), weight.stride()))
+        return product(x, weight, *more)
+
+    monkeypatch.setattr(module, "product", watched)
+    torch.manual_seed(0)
+    layer, row = Linear(24, width), torch.randn(1, 24)
+    layer(row.expand(5, 24).requires_grad_()).sum().backward()
+    assert len(strides) == 2 * 3 and all(all(s) for s in strides[2:])
+    torch.testing.assert_close(layer.weight.grad, (5 * row).expand(width, 24))
+    torch.testing.assert_close(layer.bias.grad, torch.full((width,), 5.0))
+
+
 def test_gradients_of_gradients():
     torch.manual_seed(0)
     layer, x = Linear(6, 9), torch.randn(4, 6, requires_grad=True)
