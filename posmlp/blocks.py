@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
 from posmlp_kernels import PosSGU
+from posmlp_kernels.cache import ParameterCache
 
 from .eager import has_hooks, is_eager_cpu, is_plain
 from .layers import EPS, Downsample, DropPath
@@ -43,30 +45,28 @@ class Block(nn.Module):
             return self.fc2(self._mixed(x), plus=x)
         return x + self._branch(x)
 
-    def infer(self, x: Tensor) -> Tensor:
-        """`forward` in four operations, without the questions that modules ask, where `is_plain(x)`."""
-        norm, fc1, gate, fc2 = self.norm, self.fc1, self.gate, self.fc2
-        y = torch.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-        y = gate.run_compiled(product(y, fc1.weight, fc1.bias))
-        return product(y, fc2.weight, fc2.bias, x)
+    def infer(self, x: Tensor, table: Tensor | None) -> Tensor:
+        """`forward` in four operations, without the questions that modules ask, where `is_plain(x)`; given
+        the gate's table."""
+        norm, fc1, gate, fc2, *_ = self._modules.values()  # an attribute of a module takes ten times as long
+        y = torch.layer_norm(x, norm.normalized_shape, *norm._parameters.values(), norm.eps)
+        y = gate.run_compiled(product(y, *fc1._parameters.values()), table)
+        return product(y, *fc2._parameters.values(), x)
 
-    def is_plain(self, x: Tensor) -> bool:
-        """Whether four operations are what inference comes to for maps like x, on a CPU in float32, if nobody
-        looks: the parts are those that were made, and their parameters fit."""
-        parts, fc1, gate, fc2 = self._modules.values(), self.fc1, self.gate, self.fc2
+    def is_plain(self, dim: int) -> bool:
+        """Whether four operations are what inference comes to for maps of `dim` channels, on a CPU in
+        float32, if nobody looks: the parts are those that were made, and their parameters fit."""
+        parts = self._modules.values()
+        if tuple(map(type, parts)) != (nn.LayerNorm, Linear, PosSGU, Linear, nn.Dropout, DropPath):
+            return False
+        norm, fc1, gate, fc2, *_ = parts
+        own = [p for part in (norm, fc1, gate, fc2) for p in part._parameters.values() if p is not None]
         return (
-            tuple(map(type, parts)) == (nn.LayerNorm, Linear, PosSGU, Linear, nn.Dropout, DropPath)
-            and gate.runs_compiled()
-            and pays(x.dtype)
-            and fc1.weight.shape == (gate.dim, x.shape[-1])
-            and fc2.weight.shape == (x.shape[-1], gate.dim // 2)
-            and x.numel() > 0
-            and x.dtype is torch.float32
-            and all(
-                p is None or (is_plain(p) and p.dtype is torch.float32)
-                for part in parts
-                for p in part._parameters.values()
-            )
+            gate.runs_compiled()
+            and fc1._parameters["weight"].shape == (gate.dim, dim)
+            and fc2._parameters["weight"].shape == (dim, gate.dim // 2)
+            and all(map(is_plain, own))
+            and {p.dtype for p in own} == {torch.float32}
         )
 
     def _mixed(self, x: Tensor) -> Tensor:
@@ -119,6 +119,7 @@ class Level(nn.Module):
         )
         self.hidden = int(dim * ratio)
         self.grad_checkpointing = False
+        self._tables = ParameterCache()
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.downsample(x).permute(0, 2, 3, 1).contiguous()  # no copy: convolutions keep channels last
@@ -134,14 +135,38 @@ class Level(nn.Module):
         return x
 
     def _infer(self, x: Tensor) -> Tensor:
-        plain = all(block.is_plain(x) for block in self.blocks)
+        steps = self._plain_steps() if self._is_plain(x) else self.blocks
         images = max(1, HIDDEN_BYTES // max(1, x.shape[1] * x.shape[2] * self.hidden * x.element_size()))
         parts = []
         for part in x.split(images):
-            for block in self.blocks:
-                part = block.infer(part) if plain else block(part)
+            for step in steps:
+                part = step(part)
             parts.append(part)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _is_plain(self, x: Tensor) -> bool:
+        return (
+            x.dtype is torch.float32
+            and pays(x.dtype)
+            and x.numel() > 0
+            and all(block.is_plain(x.shape[-1]) for block in self.blocks)
+        )
+
+    def _plain_steps(self) -> list[Callable[[Tensor], Tensor]]:
+        """The blocks as four operations each. Whether the tables kept for them still hold is one question
+        for all: at batch 1, when nothing of this is in a cache, a question takes as long as a LayerNorm."""
+        gates = [block.gate for block in self.blocks]
+        parameters = [gate.table_parameters() for gate in gates]
+
+        def build() -> list[Tensor | None]:
+            return [gate.relative_table() for gate in gates]
+
+        if all(parameters):
+            settings = [(gate.encoding, gate.window) for gate in gates]
+            tables = self._tables.get(sum(parameters, ()), settings, build)
+        else:
+            tables = build()
+        return [partial(block.infer, table=table) for block, table in zip(self.blocks, tables, strict=True)]
 
     def _may_infer(self, x: Tensor) -> bool:
         """Whether nothing in the blocks can tell how many images come together, and nobody counts them."""

@@ -61,12 +61,13 @@ def has_hooks(*modules: nn.Module) -> bool:
     """Whether somebody watches what goes into or comes out of one of the modules, or their gradients, or has
     put a function in the place of `forward`, as those do who fetch weights when they are wanted."""
     for module in modules:
+        own = module.__dict__
         if (
-            module._forward_hooks
-            or module._forward_pre_hooks
-            or module._backward_hooks
-            or module._backward_pre_hooks
-            or "forward" in module.__dict__
+            own["_forward_hooks"]
+            or own["_forward_pre_hooks"]
+            or own["_backward_hooks"]
+            or own["_backward_pre_hooks"]
+            or "forward" in own
         ):
             return True
     return False

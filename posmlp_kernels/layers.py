@@ -110,23 +110,25 @@ class PosSGU(nn.Module):
 
     init_weights = reset_parameters  # the name by which timm's models initialise their gates
 
+    def table_parameters(self) -> tuple[Tensor, ...]:
+        """What the relative table is computed from; nothing where it is a parameter itself, or absent."""
+        if self.encoding == "gqpe":
+            return self.center, self.factor
+        return (self.center, self.scale) if self.encoding == "gqpe_isotropic" else ()
+
     def relative_table(self) -> Tensor | None:
         """The relative table `[S, *(2*window-1)]` that the parameters stand for; None for "sgu"."""
-        if self.encoding == "sgu":
-            return None
-        if self.encoding in ("lrpe", "lrpe_m"):
-            return self.table
-        if self.encoding == "gqpe":
-            table, parameters = gqpe_table, (self.center, self.factor)
-        else:
-            table, parameters = gqpe_isotropic_table, (self.center, self.scale)
+        parameters = self.table_parameters()
+        if not parameters:
+            return None if self.encoding == "sgu" else self.table
+        table = gqpe_table if self.encoding == "gqpe" else gqpe_isotropic_table
 
         def build() -> Tensor:
             return table(*parameters, self.window, backend=self.backend)
 
         if self.training or (torch.is_grad_enabled() and any(p.requires_grad for p in parameters)):
             return build()
-        return self._cache.get(parameters, build)
+        return self._cache.get(parameters, self.window, build)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() < 2 or x.shape[-1] != self.dim:
@@ -143,12 +145,12 @@ class PosSGU(nn.Module):
         """Whether `forward` comes to `run_compiled`, for a float32 map on the CPU."""
         return self.norm is None and not cpu_unavailable() and asked_for(self.backend) in (None, "cpu")
 
-    def run_compiled(self, x: Tensor) -> Tensor:
-        """`forward` of a map in inference, by the CPU's op at once: what keeps its memory safe is checked."""
+    def run_compiled(self, x: Tensor, table: Tensor | None) -> Tensor:
+        """`forward` of a map in inference, given the table, by the CPU's op at once: what keeps its memory
+        safe is checked."""
         shift = tuple(s % w for s, w in zip(self.shift, self.window, strict=True))
         settings = (self.window, shift, self.softmax, ACTIVATIONS.index(self.activation), -1.0)
-        parameters = (self.relative_table(), self.bias, self.matrix, None, None)
-        return ops.overloads("cpu")[0](x, *parameters, *settings)
+        return ops.forward_op("cpu")(x, table, self.bias, self.matrix, None, None, *settings)
 
     def gate_arguments(self) -> dict[str, Any]:
         """What `pos_gate` and `explain` take besides `x`, by name."""
@@ -176,9 +178,6 @@ class PosSGU(nn.Module):
         if self.activation != "none":
             text += f", activation={self.activation!r}"
         return text
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_cache": ParameterCache()}
 
     def _check(self) -> None:
         if isinstance(self.dim, bool) or not isinstance(self.dim, int) or self.dim < 2 or self.dim % 2:

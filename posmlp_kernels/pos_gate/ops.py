@@ -5,7 +5,9 @@ their schema, fakes and reference. Parameters come in the accumulation dtype.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
+import torch
 from torch import Tensor
 
 from ..problem import ACTIVATIONS, Problem, accumulate_dtype
@@ -85,3 +87,9 @@ _operator = Operator(
     backward_flags=_mixing_grad,
 )
 register, overloads = _operator.register, _operator.overloads
+
+
+@cache
+def forward_op(backend: str) -> torch._ops.OpOverload:
+    """The forward op of a registered back end, looked up once."""
+    return overloads(backend)[0]

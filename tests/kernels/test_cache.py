@@ -186,6 +186,25 @@ def test_dtype_changes_are_seen(encoding):
 
 
 @torch.no_grad()
+def test_another_window_is_seen():
+    layer = make()
+    layer(x())
+    layer.window, layer.bias = (2, 2), None
+    wanted = PosSGU(8, 2, groups=2, bias=False, backend="reference").train()
+    wanted.load_state_dict(layer.state_dict())
+    assert torch.equal(layer(x()), wanted(x()))
+
+
+@torch.no_grad()
+def test_other_shapes_with_the_same_numbers_are_refused_as_ever():
+    layer = make()
+    layer(x())
+    layer.center = torch.nn.Parameter(layer.center.reshape(1, 4))
+    with pytest.raises(ValueError, match="factor must be"):
+        layer(x())
+
+
+@torch.no_grad()
 def test_copies_do_not_share_a_cache():
     layer = make()
     expected = layer(x())
@@ -212,7 +231,7 @@ def test_nothing_of_the_cache_is_saved():
     names = set(layer.state_dict())
     layer(x())
     assert set(layer.state_dict()) == names
-    assert layer.__getstate__()["_cache"]._entry is None
+    assert layer._cache._entry is not None and pickle.loads(pickle.dumps(layer))._cache._entry is None
 
 
 @torch.no_grad()

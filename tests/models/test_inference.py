@@ -1,12 +1,14 @@
 """Inference on a CPU: a few images at a time where hidden maps are large, and by four operations a block."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 from posmlp import blocks, create_model
 from posmlp.blocks import Block
-from posmlp_kernels import backends, use_backend
+from posmlp_kernels import PosSGU, backends, use_backend
 
 
 @pytest.fixture
@@ -29,7 +31,7 @@ def batches(level, monkeypatch):
     monkeypatch.setattr(blocks, "HIDDEN_BYTES", 2 * 23040 + 1)
     sizes, mixed, infer = [], block._mixed, block.infer
     monkeypatch.setattr(block, "_mixed", lambda x: sizes.append(len(x)) or mixed(x))
-    monkeypatch.setattr(block, "infer", lambda x: sizes.append(len(x)) or infer(x))
+    monkeypatch.setattr(block, "infer", lambda x, table: sizes.append(len(x)) or infer(x, table=table))
     return sizes
 
 
@@ -37,7 +39,9 @@ def batches(level, monkeypatch):
 def operations(monkeypatch):
     """A list that grows with every block that runs as four operations."""
     calls, infer = [], Block.infer
-    monkeypatch.setattr(Block, "infer", lambda block, x: calls.append(block) or infer(block, x))
+    monkeypatch.setattr(
+        Block, "infer", lambda block, *given, **more: calls.append(block) or infer(block, *given, **more)
+    )
     return calls
 
 
@@ -176,9 +180,49 @@ def test_a_weight_that_does_not_fit_is_refused(level, x, part):
         level(x)
 
 
-def test_changed_parameters_count(level, x):
-    with torch.no_grad():
-        before = level(x)
-        level.blocks[0].gate.center.data += 0.5
-        torch.testing.assert_close(level(x), as_modules(level, x))
-        assert not torch.allclose(level(x), before)
+def table_in_place(gate):
+    gate.center.data += 0.5
+
+
+def table_parameters_replaced(gate):
+    gate.center = nn.Parameter(gate.center + 0.5)
+
+
+def table_parameters_moved(gate):
+    gate.center.data = gate.center.data + 0.5
+
+
+@pytest.mark.parametrize("place", [0, -1])
+@pytest.mark.parametrize("change", [table_in_place, table_parameters_replaced, table_parameters_moved])
+@torch.no_grad()
+def test_changed_parameters_count(level, x, change, place):
+    before = level(x)
+    change(level.blocks[place].gate)
+    after = level(x)
+    assert not torch.allclose(after, before)
+    torch.testing.assert_close(after, as_modules(level, x))
+
+
+@needs_compiled
+@torch.no_grad()
+def test_a_gate_in_the_place_of_another_brings_its_table(level, x, operations):
+    level(x)
+    old = level.blocks[0].gate
+    new = PosSGU(old.dim, 3, groups=old.groups, activation=old.activation, bias=False).eval()
+    new.load_state_dict({k: v for k, v in old.state_dict().items() if k in new.state_dict()})
+    level.blocks[0].gate = new
+    torch.testing.assert_close(level(x), as_modules(level, x))
+    level.blocks[0].gate = lrpe = PosSGU(old.dim, 3, groups=old.groups, encoding="lrpe").eval()
+    level(x)
+    lrpe.table = nn.Parameter(lrpe.table + 1)
+    torch.testing.assert_close(level(x), as_modules(level, x))
+    assert len(operations) == 4 * len(level.blocks)
+
+
+@torch.no_grad()
+def test_copies_do_not_share_tables(level, x):
+    before = level(x)
+    other = copy.deepcopy(level)
+    assert other._tables._entry is None
+    other.blocks[0].gate.center += 0.5
+    assert not torch.allclose(other(x), before) and torch.equal(level(x), before)
