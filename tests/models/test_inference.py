@@ -180,6 +180,35 @@ def test_a_weight_that_does_not_fit_is_refused(level, x, part):
         level(x)
 
 
+@needs_compiled
+@pytest.mark.parametrize(
+    ("part", "name", "message"),
+    [
+        ("gate", "bias", "bias"),
+        ("gate", "matrix", "matrix"),
+        ("norm", "weight", "weight"),
+        ("fc1", "bias", ""),
+    ],
+)
+@torch.no_grad()
+def test_a_parameter_that_does_not_fit_is_named(level, x, part, name, message):
+    level(x)
+    setattr(getattr(level.blocks[0], part), name, nn.Parameter(torch.zeros(3, 2)))
+    with pytest.raises((RuntimeError, ValueError), match=message):
+        level(x)
+
+
+@needs_compiled
+@pytest.mark.parametrize("rows", [1, 40])
+@torch.no_grad()
+def test_weights_by_rows_give_the_modules_bits(level, x, rows, operations):
+    for block in level.blocks:
+        for linear in (block.fc1, block.fc2):
+            linear.weight = nn.Parameter(linear.weight.contiguous())
+    x = x.repeat(rows, 1, 1, 1)
+    assert torch.equal(level(x), as_modules(level, x)) and len(operations) == len(level.blocks)
+
+
 def table_in_place(gate):
     gate.center.data += 0.5
 
