@@ -63,8 +63,8 @@ class Block(nn.Module):
         own = [p for part in (norm, fc1, gate, fc2) for p in part._parameters.values() if p is not None]
         return (
             gate.runs_compiled()
-            and fc1._parameters["weight"].shape == (gate.dim, dim)
-            and fc2._parameters["weight"].shape == (dim, gate.dim // 2)
+            and _fits(fc1, dim, gate.dim)
+            and _fits(fc2, gate.dim // 2, dim)
             and all(map(is_plain, own))
             and {p.dtype for p in own} == {torch.float32}
         )
@@ -177,6 +177,11 @@ class Level(nn.Module):
             and not _has_any_global_hook()
             and all(type(block) is Block and _is_left_alone(block) for block in self.blocks)
         )
+
+
+def _fits(linear: Linear, width_in: int, width_out: int) -> bool:
+    weight, bias = linear._parameters.values()
+    return weight.shape == (width_out, width_in) and (bias is None or bias.shape == (width_out,))
 
 
 def _is_left_alone(module: nn.Module) -> bool:

@@ -93,6 +93,7 @@ def _onednn_serves(x: Tensor, weight: Tensor, bias: Tensor | None, plus: Tensor 
         and x.dim() > 1
         and x.numel() > 0
         and x.shape[-1] == weight.shape[1]  # else F.linear says what is wrong
+        and (bias is None or bias.shape == weight.shape[:1])  # else it is broadcast, or F.linear says so
         and (plus is None or plus.shape == (*x.shape[:-1], weight.shape[0]))  # else it is broadcast
     )
 

@@ -187,7 +187,8 @@ def test_a_weight_that_does_not_fit_is_refused(level, x, part):
         ("gate", "bias", "bias"),
         ("gate", "matrix", "matrix"),
         ("norm", "weight", "weight"),
-        ("fc1", "bias", ""),
+        ("fc1", "bias", "size"),
+        ("fc2", "bias", "size"),
     ],
 )
 @torch.no_grad()
@@ -196,6 +197,18 @@ def test_a_parameter_that_does_not_fit_is_named(level, x, part, name, message):
     setattr(getattr(level.blocks[0], part), name, nn.Parameter(torch.zeros(3, 2)))
     with pytest.raises((RuntimeError, ValueError), match=message):
         level(x)
+
+
+@needs_compiled
+@pytest.mark.parametrize("part", ["fc1", "fc2"])
+@torch.no_grad()
+def test_a_bias_that_is_broadcast_meets_the_modules(level, x, part, operations):
+    linear = getattr(level.blocks[0], part)
+    linear.bias = nn.Parameter(torch.tensor(0.5))
+    z = level(x)
+    linear.bias = nn.Parameter(torch.full((linear.out_features,), 0.5))
+    torch.testing.assert_close(z, level(x))
+    assert len(operations) == len(level.blocks)  # of the second call
 
 
 @needs_compiled

@@ -86,6 +86,25 @@ def test_no_product_of_expanded_tensors(width, monkeypatch):
     torch.testing.assert_close(layer.bias.grad, torch.full((width,), 5.0))
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (1, 12)])
+def test_a_bias_of_another_shape_is_broadcast(shape):
+    torch.manual_seed(0)
+    layer, x = Linear(8, 12), torch.randn(5, 8)
+    layer.bias = nn.Parameter(torch.randn(shape))
+    ours, wanted = values(layer, x), values(layer, x, F.linear)
+    for name, value in wanted.items():
+        torch.testing.assert_close(ours[name], value)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), wanted["y"])
+
+
+def test_a_bias_that_does_not_fit_is_refused():
+    layer = Linear(8, 12)
+    layer.bias = nn.Parameter(torch.zeros(3))
+    with pytest.raises(RuntimeError, match="size"):
+        layer(torch.randn(5, 8))
+
+
 def test_gradients_of_gradients():
     torch.manual_seed(0)
     layer, x = Linear(6, 9), torch.randn(4, 6, requires_grad=True)
