@@ -36,6 +36,7 @@ struct Call {
   void *dtable_parts, *dmatrix_parts, *dbias_parts;      // [splits x groups, ...], null if not wanted
   void *dnorm_weight_parts, *dnorm_bias_parts;           // [norm_blocks, C]
   int64_t splits;                                        // shares of a group's columns
+  bool streams;                                          // whether a forward asks for them as a whole
   int64_t norm_blocks;
 
   int64_t units() const { return shape.groups * splits; }

@@ -1,4 +1,4 @@
-// Panels of columns: where they lie in the maps, and the way in and out, a few tokens at a time.
+// Panels of columns, and where they lie in the maps.
 // No include guard: every instruction set compiles this text anew, inside its own namespace and target options.
 
 template <class A>
@@ -12,7 +12,7 @@ struct Piece {
 };
 using Pieces = std::vector<Piece>;
 struct Panel {
-  int64_t group = 0, columns = 0;
+  int64_t share = 0, group = 0, columns = 0;
   Pieces pieces;
 };
 
@@ -23,21 +23,6 @@ struct Window {
   int64_t tokens;
   std::vector<int64_t> index, place, token;
   std::vector<int64_t> x, dz, z, dx, dx_normed;
-
-  // T, A: what maps and the gradient of the normed X1 hold.
-  template <class T, class A>
-  static Window make(const Call& call, const WindowClass& c, const View& z_view, const View& dx_view,
-                     const View& token_view) {
-    const auto bytes = [&](const View& view, size_t size) {
-      std::vector<int64_t> offsets = c.token_offsets(view);
-      for (int64_t& offset : offsets) offset *= int64_t(size);
-      return offsets;
-    };
-    return {c, c.tokens(),
-            c.token_indices(call.shape), c.token_offsets(call.shape.table_view()), c.token_offsets(token_view),
-            bytes(call.x_view, sizeof(T)), bytes(call.dz_view, sizeof(T)), bytes(z_view, sizeof(T)),
-            bytes(dx_view, sizeof(T)), bytes(z_view, sizeof(A))};
-  }
 };
 
 // One map as the pieces of a panel see it: `data` at the group's first channel, the origin of each piece, and the
@@ -58,78 +43,86 @@ struct Map {
   }
 };
 
-// Rows that will be wanted soon. Rows as short and as far apart as these no hardware prefetcher foresees, and a core has
-// too few buffers to ask for a panel at once: the products ask for a cache line or two in each of their steps.
-class Wanted {
+// The columns of a window class: a unit's is a share of them, for one group, and is cut into panels.
+class Columns {
  public:
-  // The lines of some tokens. Few instructions find one: a step has little time for them.
-  class Queue {
-   public:
-    // Asks for a line if there is one left.
-    __attribute__((always_inline)) void ask() {
-      if (line_ == end_) return;
-      fetch(line_->first + line_->offset[token_]);
-      if (++token_ != last_) return;
-      token_ = first_;
-      ++line_;
-    }
-    // Not inlined: it would slow down the loop over tiles.
-    __attribute__((noinline)) void ask_for_the_rest() {
-      int64_t token = token_;
-      for (const Line* line = line_; line != end_; ++line, token = first_)
-        for (; token != last_; ++token) fetch(line->first + line->offset[token]);
-      line_ = end_;
-    }
+  // width: of a panel.
+  Columns(const Call& call, int64_t width)
+      : call_(call), shape_(call.shape), width_(width), z_(shape_.contiguous(shape_.channels)),
+        dx_(shape_.contiguous(2 * shape_.channels)), token_(shape_.contiguous(1)) {}
 
-   private:
-    friend class Wanted;
-    struct Line {  // of the row of each token
-      const char* first;
-      const int64_t* offset;
+  // T, A: what maps and the gradient of the normed X1 hold.
+  template <class T, class A>
+  Window window(const WindowClass& cls) const {
+    const auto bytes = [&](const View& view, size_t size) {
+      std::vector<int64_t> offsets = cls.token_offsets(view);
+      for (int64_t& offset : offsets) offset *= int64_t(size);
+      return offsets;
     };
+    return {cls, cls.tokens(),
+            cls.token_indices(shape_), cls.token_offsets(shape_.table_view()), cls.token_offsets(token_),
+            bytes(call_.x_view, sizeof(T)), bytes(call_.dz_view, sizeof(T)), bytes(z_, sizeof(T)),
+            bytes(dx_, sizeof(T)), bytes(z_, sizeof(A))};
+  }
 
-    // Intel's cores can wait for few lines on their way to the first-level cache, and what a product misses there is
-    // among them: no farther than the second level, then.
-    __attribute__((always_inline)) void fetch(const char* line) const {
-      if (to_second_level_)
-        __builtin_prefetch(line, 0, 2);
-      else
-        __builtin_prefetch(line, 0, 3);
-    }
+  // Where a share begins.
+  int64_t first(const Window& window, int64_t share) const {
+    const int64_t columns = window.cls.windows(shape_.batch) * depth(), panels = divide_up(columns, width_);
+    return std::min(columns, panels * share / call_.splits * width_);
+  }
 
-    const Line *line_ = nullptr, *end_ = nullptr;
-    int64_t token_ = 0, first_ = 0, last_ = 0;
-#ifdef POSMLP_X86_KERNELS
-    bool to_second_level_ = __builtin_cpu_is("intel");
-#else
-    static constexpr bool to_second_level_ = false;
-#endif
-  };
-  Queue queue;  // a product takes it out and puts it back, so that it stays in registers meanwhile
-
-  // From now on rows of no map, of tokens that `of_tokens` names.
-  void clear() { lines_.clear(); }
-
-  template <class U>
-  void add(const Map<U>& map, const Pieces& pieces) {
-    for (const Piece& piece : pieces) {
-      const char* row = reinterpret_cast<const char*>(map.first(piece));
-      const char* end = row + piece.count * int64_t(sizeof(U));
-      for (const char* line = row - size_t(row) % kLine; line < end; line += kLine) {
-        Queue::Line& wanted = lines_.emplace_back();  // filled in place: a copy would wait for the single stores
-        wanted.first = line;
-        wanted.offset = map.offset.data();
-      }
+  // Where a panel's columns lie, of which `from` is the first.
+  void find(const Window& window, int64_t from, Panel& panel) const {
+    panel.pieces.clear();
+    for (int64_t q = from, to = from + panel.columns; q < to;) {
+      Piece& piece = panel.pieces.emplace_back();
+      int64_t position[kRank];
+      const int64_t batch = window.cls.locate(shape_, q / depth(), position);
+      piece.column = q - from;
+      piece.channel = q % depth();
+      piece.count = std::min(depth() - piece.channel, to - q);
+      piece.x = call_.x_view.offset(batch, position);
+      piece.dz = call_.dz_view.offset(batch, position);
+      piece.z = z_.offset(batch, position);
+      piece.dx = dx_.offset(batch, position);
+      piece.token = token_.offset(batch, position);
+      q += piece.count;
     }
   }
-  void of_tokens(int64_t first, int64_t last) {
-    queue.line_ = lines_.data();
-    queue.end_ = queue.line_ + lines_.size();
-    queue.token_ = queue.first_ = first;
-    queue.last_ = last;
+
+  // Calls `work(index)` for each panel of the units' columns, one group after the other, when it is `now`, and the one
+  // after it `next`. Returns how many there are.
+  template <class Work>
+  int64_t for_each_panel(const Window& window, int64_t first_unit, int64_t last_unit, Panel& now, Panel& next,
+                         Work&& work) const {
+    const int64_t groups = shape_.groups;
+    int64_t unit = first_unit, from = first(window, unit / groups);
+    const auto find_next = [&] {
+      while (unit < last_unit && from == first(window, unit / groups + 1)) {
+        ++unit;
+        from = first(window, unit / groups);
+      }
+      next.columns = unit < last_unit ? std::min(width_, first(window, unit / groups + 1) - from) : 0;
+      next.share = unit / groups;
+      next.group = unit % groups;
+      find(window, from, next);
+      from += next.columns;
+    };
+    find_next();
+    int64_t index = 0;
+    for (; next.columns > 0; ++index) {
+      std::swap(now, next);
+      find_next();
+      work(index);
+    }
+    return index;
   }
 
  private:
-  static constexpr size_t kLine = 64;
-  std::vector<Queue::Line> lines_;
+  int64_t depth() const { return shape_.group_channels(); }
+
+  const Call& call_;
+  const Shape& shape_;
+  const int64_t width_;
+  const View z_, dx_, token_;
 };

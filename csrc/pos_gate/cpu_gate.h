@@ -21,15 +21,15 @@ class Gate {
   static constexpr int kLanes = VectorOf<A>::kLanes;
   static constexpr int64_t kPanel = kPanelOf<A>, kTile = kTileRows * kPanel;
   static constexpr bool kIsPaired = kDepthOf<E> == 2;
+  static constexpr int kAsksOfFew = 2;  // lines that a step may ask for where a sum has few
   static constexpr int64_t kPanels = std::max<int64_t>(1, 96 / kPanel);  // that dP takes at once
 
   explicit Gate(const Call& call)
-      : call_(call), shape_(call.shape), depth_(shape_.group_channels()), z_view_(shape_.contiguous(shape_.channels)),
-        dx_view_(shape_.contiguous(2 * shape_.channels)), token_view_(shape_.contiguous(1)),
+      : call_(call), shape_(call.shape), depth_(shape_.group_channels()), columns_(call, kPanel),
         workspace_(Workspace<A, E>::of_thread()), mixing_(call, kEpsilonOf<T>, workspace_.mixing) {
     int64_t most_tokens = 0;
     for (const auto& cls : window_classes(shape_)) {
-      windows_.push_back(Window::make<T, A>(call_, cls, z_view_, dx_view_, token_view_));
+      windows_.push_back(columns_.window<T, A>(cls));
       most_tokens = std::max(most_tokens, cls.tokens());
     }
     ld_ = round_up(round_up(most_tokens, kTileRows), std::max(kLanes, kStepsAtOnce * kDepthOf<E>));
@@ -45,8 +45,10 @@ class Gate {
     for (auto& group : workspace_.groups) group.window = nullptr;
     for (const Window& window : windows_) {
       gather_bias(window);
+      int64_t share = -1;
       for_each_panel(window, first_unit, last_unit, [&](int64_t) {
         find_group(window);
+        if (call_.streams && std::exchange(share, panel_.share) != panel_.share) ask_for_next_share(window, last_unit);
         load_x1(window, nullptr);
         forward_panel(window);
       });
@@ -110,10 +112,12 @@ class Gate {
   void forward_panel(const Window& window) {
     const auto x2_map = x_map(window, panel_, shape_.channels);
     const Map<T> z_map{static_cast<T*>(call_.z) + first_channel(), &Piece::z, window.z};
-    wanted_.clear();
-    wanted_.add(x2_map, panel_.pieces);
-    wanted_.add(z_map, panel_.pieces);
-    wanted_.add(x_map(window, next_panel_, 0), next_panel_.pieces);
+    if (!call_.streams) {
+      wanted_.clear();
+      wanted_.add(x2_map, panel_.pieces);
+      wanted_.add(z_map, panel_.pieces);
+      wanted_.add(x_map(window, next_panel_, 0), next_panel_.pieces);
+    }
     with_constant(call_.activation, [&](auto activation) {
       multiply_panel(window, group_->rows, x1_, [&](const Piece& piece, int64_t from, int64_t to) {
         const auto x2 = x2_map.rows(piece, from);
@@ -211,33 +215,30 @@ class Gate {
     for (int64_t k = 0; k < window.tokens; ++k) workspace_.bias[k] = bias ? bias[window.index[k]] : A(0);
   }
 
-  // Calls `work(index)` for each panel of the units' columns, one group after the other, with the panel and the next one
-  // at hand. Returns how many there are.
   template <class Work>
   int64_t for_each_panel(const Window& window, int64_t first_unit, int64_t last_unit, Work&& work) {
-    const int64_t columns = window.cls.windows(shape_.batch) * depth_, panels = divide_up(columns, kPanel);
-    const auto share = [&](int64_t unit, int64_t more) {  // where a unit's columns begin, or the next one's of the group
-      return std::min(columns, panels * (unit / shape_.groups + more) / call_.splits * kPanel);
-    };
-    int64_t unit = first_unit, from = share(unit, 0);
-    const auto find_next = [&] {
-      while (unit < last_unit && from == share(unit, 1)) {
-        ++unit;
-        from = share(unit, 0);
+    return columns_.for_each_panel(window, first_unit, last_unit, panel_, next_panel_, work);
+  }
+
+  // All rows of as many columns as are at hand, of those that follow: of each row of tokens X1 and X2, and Z.
+  void ask_for_next_share(const Window& window, int64_t last_unit) {
+    const int64_t begin = columns_.first(window, panel_.share), end = columns_.first(window, panel_.share + 1);
+    const int64_t last = columns_.first(window, divide_up(last_unit, shape_.groups));
+    Panel next;
+    next.columns = std::min(end - begin, last - end);
+    columns_.find(window, end, next);
+    const int64_t length = window.cls.box[2], bytes = length * shape_.channels * int64_t(sizeof(T));
+    std::vector<const void*> rows;
+    for (const Piece& piece : next.pieces) {
+      if (piece.channel > 0) continue;  // that window is at hand
+      for (int64_t k = 0; k < window.tokens; k += length) {
+        const char* x = reinterpret_cast<const char*>(static_cast<const T*>(call_.x) + piece.x) + window.x[k];
+        for (int half = 0; half < 2; ++half) rows.push_back(x + half * bytes);  // the row's tokens lie side by side
+        rows.push_back(reinterpret_cast<const char*>(static_cast<const T*>(call_.z) + piece.z) + window.z[k]);
       }
-      next_panel_.columns = unit < last_unit ? std::min(kPanel, share(unit, 1) - from) : 0;
-      next_panel_.group = unit % shape_.groups;
-      find_pieces(window, from, next_panel_);
-      from += next_panel_.columns;
-    };
-    find_next();
-    int64_t index = 0;
-    for (; next_panel_.columns > 0; ++index) {
-      std::swap(panel_, next_panel_);
-      find_next();
-      work(index);
     }
-    return index;
+    const int64_t panels = divide_up(end - begin, kPanel) * shape_.groups;
+    wanted_.spread(rows, bytes, kAsksOfFew * panels * divide_up(window.tokens, kTileRows) * steps_of(window));
   }
 
   // Calls `work(tile, first, last)` for each tile of the window's tokens.
@@ -254,16 +255,16 @@ class Gate {
   void multiply_panel(const Window& window, const Packed<E>& weights, const A* panel, Finish&& finish) {
     const E* factor = operands_of_rows<E>(panel, window.tokens, kPanel, factor_);
     if constexpr (kStepsAtOnce > 1) {  // the last steps' zeros, where a larger window may have left anything
-      const int64_t steps = divide_up(window.tokens, kDepthOf<E>);
+      const int64_t steps = steps_of(window);
       std::fill(factor_ + steps * kPanel, factor_ + round_up(steps, kStepsAtOnce) * kPanel, E{});
     }
     // Sums of few steps have more lines to ask for than steps; otherwise two at a time get in each other's way.
-    const bool few = window.tokens <= 64 * kDepthOf<E>;
-    const auto kernel = few ? multiply_for<A, E, 2>(panel_.columns) : multiply_for<A, E, 1>(panel_.columns);
+    const bool few = steps_of(window) <= 64;
+    const auto kernel = few ? multiply_for<A, E, kAsksOfFew>(panel_.columns) : multiply_for<A, E, 1>(panel_.columns);
     for_each_tile(window, [&](int64_t tile, int64_t from, int64_t to) {
-      wanted_.of_tokens(from, to);
+      wanted_.begin_tile(from, to);
       multiply(kernel, weights, tile, factor, y_, wanted_);
-      wanted_.queue.ask_for_the_rest();
+      wanted_.end_tile();
       if (tile > 0)
         for (const Piece& piece : panel_.pieces) finish(piece, from - kTileRows, from);
       std::swap(y_, done_);
@@ -276,24 +277,7 @@ class Gate {
     for (const auto& [buffer, count] : buffers) *buffer = allot.take(count);
   }
 
-  // Where the panel's columns lie, of which `from` is the first.
-  void find_pieces(const Window& window, int64_t from, Panel& panel) const {
-    panel.pieces.clear();
-    for (int64_t q = from, to = from + panel.columns; q < to;) {
-      Piece& piece = panel.pieces.emplace_back();
-      int64_t position[kRank];
-      const int64_t batch = window.cls.locate(shape_, q / depth_, position);
-      piece.column = q - from;
-      piece.channel = q % depth_;
-      piece.count = std::min(depth_ - piece.channel, to - q);
-      piece.x = call_.x_view.offset(batch, position);
-      piece.dz = call_.dz_view.offset(batch, position);
-      piece.z = z_view_.offset(batch, position);
-      piece.dx = dx_view_.offset(batch, position);
-      piece.token = token_view_.offset(batch, position);
-      q += piece.count;
-    }
-  }
+  static int64_t steps_of(const Window& window) { return divide_up(window.tokens, kDepthOf<E>); }  // of a whole sum
 
   int64_t first_channel() const { return panel_.group * depth_; }
 
@@ -403,7 +387,7 @@ class Gate {
   const Call& call_;
   const Shape& shape_;
   const int64_t depth_;  // D
-  const View z_view_, dx_view_, token_view_;
+  const Columns columns_;
   std::vector<Window> windows_;  // one for each class
   Workspace<A, E>& workspace_;
   Mixing<A, E> mixing_;

@@ -159,7 +159,7 @@ __attribute__((noinline)) void multiply_tile(const Run* run, const Run* last, co
   int32_t steps = run->count;
   Wanted::Queue queue = wanted.queue;
   while (true) {
-    for (int i = 0; i < kAsks; ++i) queue.ask();
+    for (int i = 0; i < kAsks; ++i) queue.ask<(kAsks > 1)>();
     Operands<E> vectors[kVectors];
     for (int v = 0; v < kVectors; ++v) vectors[v] = Operands<E>(operands + v * kLanes);
     for (int r = 0; r < kTileRows; ++r)

@@ -55,7 +55,7 @@ __attribute__((noinline)) void multiply_tile(const Run* run, const Run* last, co
   constexpr int64_t kLanes = VectorOf<A>::kLanes, kPanel = kPanelOf<A>, kStride = kPanel * sizeof(E);
   Wanted::Queue queue = wanted.queue;
   const auto ask = [&] {  // as often as in so many steps of the other instruction sets
-    for (int i = 0; i < kAsks * kStepsAtOnce / kVectors; ++i) queue.ask();
+    for (int i = 0; i < kAsks * kStepsAtOnce / kVectors; ++i) queue.ask<(kAsks > 1)>();
   };
   finish_stores();
   zero_sums<kVectors>();

@@ -12,6 +12,8 @@ namespace {
 
 #include "cpu_columns.h"
 
+#include "cpu_wanted.h"
+
 #include "cpu_gemm.h"
 
 #include "cpu_weights.h"

@@ -16,7 +16,7 @@ namespace {
 constexpr int64_t kUnits = 64;             // of a backward: enough to keep many cores busy
 constexpr int64_t kFewColumns = 384;       // the fewest for which packing P costs little beside its use
 constexpr int64_t kPanelColumns = 48;      // the widest panel's
-constexpr int64_t kNearBytes = 256 << 10;  // of x: a share that the second-level cache holds
+constexpr int64_t kNearBytes = 160 << 10;  // of x: of shares so large the second-level cache holds two
 constexpr int64_t kNormBlocks = 64;
 
 Storage storage_of(ScalarType type) {
@@ -40,9 +40,19 @@ int64_t columns_of_group(const Shape& shape) {
 int64_t forward_splits(const Shape& shape, int64_t bytes, int64_t threads) {
   const int64_t columns = columns_of_group(shape), busy = divide_up(4 * threads, shape.groups);
   if (!keeps_groups(shape)) return std::clamp<int64_t>(columns / (2 * kFewColumns), 1, busy);
-  if (columns >= kFewColumns * threads)
-    return std::clamp<int64_t>(std::max(busy, bytes / kNearBytes), 1, divide_up(columns, kPanelColumns));
+  if (columns >= kFewColumns * threads) {
+    const int64_t panels = divide_up(columns, kPanelColumns), near = std::max<int64_t>(1, kNearBytes * panels / bytes);
+    return std::clamp<int64_t>(divide_up(panels, near), busy, panels);
+  }
   return std::clamp<int64_t>(columns / (4 * kPanelColumns), 1, shape.groups % threads == 0 ? 1 : busy);
+}
+
+// Whether a forward asks for whole shares ahead: where they are near, tokens lie side by side, and a small window leaves it
+// waiting for memory. In half precision there is less to wait for.
+bool streams(const Arguments& a, int64_t bytes, int64_t splits) {
+  constexpr int64_t kFewTokens = 64;
+  return splits > 1 && bytes <= kNearBytes * splits && a.shape.window_tokens() <= kFewTokens && a.x.element_size() >= 4 &&
+         view_of(a.x).map[kRank - 1] == 2 * a.shape.channels;
 }
 
 // Of a backward, where sums cross units: a function of the shape alone.
@@ -107,6 +117,7 @@ Tensor forward(const Tensor& x, const MaybeTensor& table, const MaybeTensor& bia
   Tensor z = output(a, a.z_sizes());
   if (z.numel() == 0) return z;
   const Kernels& kernels = choose_kernels();
+  call.streams = streams(a, bytes, call.splits);
   call.z = z.mutable_data_ptr();
   const Tensor statistics = norm_statistics(a, call, kernels);
   torch::stable::parallel_for(0, call.units(), 1,

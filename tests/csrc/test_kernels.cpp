@@ -61,6 +61,7 @@ Results<A> run(const Problem<A>& p, Storage storage, const Kernels& kernels, int
   call.matrix_per_group = p.matrix_per_group;
   call.bias = p.has_bias ? p.bias.data() : nullptr;
   call.splits = splits;
+  call.streams = splits > 1;
   call.norm_blocks = std::min<int64_t>(tokens, 3);
   if (p.has_norm) {
     call.norm_weight = p.norm_weight.data();

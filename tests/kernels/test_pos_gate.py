@@ -62,6 +62,28 @@ def test_sums_over_many_keys(case):
     assert_case_no_worse("cpu", case, torch.float32)
 
 
+@pytest.mark.skipif(not available("cpu"), reason="the cpu back end is not built")
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("whole", "a window's columns in one panel", (28, 28), (7, 7), 4, 96, 4),
+        Case("cut", "panels that end amid a window", (28, 28), (7, 7), 3, 60, 5, activation="gelu"),
+        Case("shifted", "edges of few windows", (30, 27), (7, 4), 4, 96, 4, shift=(3, 2)),
+        Case("line", "rows as long as a window", (2000,), (40,), 2, 48, 1),
+    ],
+    ids=lambda case: case.name,
+)
+def test_many_small_windows(case, threads):
+    """Where shares are small, the next one's memory is asked for as a whole."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert_case_no_worse("cpu", case, torch.float32)
+    finally:
+        torch.set_num_threads(before)
+
+
 @over_cases()
 def test_float64_is_computed_in_float64(backend, case):
     """No wider truth exists here. 1e-12 of the largest entry is far above the rounding of these sums in any

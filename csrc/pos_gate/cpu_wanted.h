@@ -1,0 +1,120 @@
+// Cache lines that will be wanted soon, which the products ask for in their steps.
+//
+// Rows of a few channels, a token apart, no hardware prefetcher foresees, and a core has too few buffers to ask for a
+// panel at once. So while a tile is multiplied, what its tokens have in the maps at hand is asked for, and of the next
+// panel. In small windows that is not enough: there is too little to multiply for each line. But where a share is small
+// all of the next one can be asked for meanwhile, in the order of its addresses: then the prefetchers help, if the pace is
+// even. More than they fetch is dropped.
+// No include guard: every instruction set compiles this text anew, inside its own namespace and target options.
+
+class Wanted {
+ public:
+  // Lines to come, and when. Few instructions find one: a step has little time for them.
+  class Queue {
+   public:
+    // Asks for a line if there is one left and, where a pace is kept, one is due.
+    template <bool kPaced>
+    __attribute__((always_inline)) void ask() {
+      if constexpr (kPaced) {
+        due_ += pace_;
+        if (due_ < kOne) return;
+        due_ -= kOne;
+      }
+      if (lines_ == end_) return;
+      fetch(lines_->first + lines_->offset[at_]);
+      if (++at_ != last_) return;
+      at_ = first_;
+      ++lines_;
+    }
+    // Not inlined: it would slow down the loop over tiles.
+    __attribute__((noinline)) void ask_for_the_rest() {
+      int64_t at = at_;
+      for (const Lines* lines = lines_; lines != end_; ++lines, at = first_)
+        for (; at != last_; ++at) fetch(lines->first + lines->offset[at]);
+      lines_ = end_;
+    }
+
+   private:
+    friend class Wanted;
+    struct Lines {  // at first + offset[at], `at` from first_ to last_
+      const char* first;
+      const int64_t* offset;
+    };
+    static constexpr int64_t kOne = 1 << 16;  // line
+
+    // Intel's cores can wait for few lines on their way to the first-level cache, and what a product misses there is
+    // among them: no farther than the second level, then.
+    __attribute__((always_inline)) void fetch(const char* line) const {
+      if (to_second_level_)
+        __builtin_prefetch(line, 0, 2);
+      else
+        __builtin_prefetch(line, 0, 3);
+    }
+
+    const Lines *lines_ = nullptr, *end_ = nullptr;
+    int64_t at_ = 0, first_ = 0, last_ = 0;
+    int64_t pace_ = kOne, due_ = 0;  // of a line: for each time that is asked, and what has come together
+#ifdef POSMLP_X86_KERNELS
+    bool to_second_level_ = __builtin_cpu_is("intel");
+#else
+    static constexpr bool to_second_level_ = false;
+#endif
+  };
+  Queue queue;  // a product takes it out and puts it back, so that it stays in registers meanwhile
+
+  // From now on nothing.
+  void clear() {
+    lines_.clear();
+    queue.pace_ = Queue::kOne;
+    spread_ = false;
+  }
+
+  // ---- tile by tile: the rows of its tokens ----
+
+  template <class U>
+  void add(const Map<U>& map, const Pieces& pieces) {
+    for (const Piece& piece : pieces) {
+      const char* row = reinterpret_cast<const char*>(map.first(piece));
+      const char* end = row + piece.count * int64_t(sizeof(U));
+      for (const char* line = row - size_t(row) % kLine; line < end; line += kLine) add(line, map.offset);
+    }
+  }
+  void begin_tile(int64_t first, int64_t last) {
+    if (!spread_) ask_for(first, last);
+  }
+  void end_tile() {
+    if (!spread_) queue.ask_for_the_rest();
+  }
+
+  // ---- evenly over many tiles: memory ----
+
+  // `bytes` from each of some addresses on, while is asked `times` times.
+  void spread(const std::vector<const void*>& addresses, int64_t bytes, int64_t times) {
+    clear();
+    spread_ = true;
+    const int64_t count = divide_up(bytes, int64_t(kLine));
+    while (int64_t(side_by_side_.size()) < count) side_by_side_.push_back(side_by_side_.size() * kLine);
+    for (const void* address : addresses) add(static_cast<const char*>(address), side_by_side_);
+    ask_for(0, count);
+    queue.pace_ = std::min(Queue::kOne, Queue::kOne * count * int64_t(addresses.size()) / times + 1);
+  }
+
+ private:
+  static constexpr size_t kLine = 64;
+
+  void add(const char* first, const std::vector<int64_t>& offsets) {
+    Queue::Lines& lines = lines_.emplace_back();  // filled in place: a copy would wait for the single stores
+    lines.first = first;
+    lines.offset = offsets.data();
+  }
+  void ask_for(int64_t first, int64_t last) {
+    queue.lines_ = lines_.data();
+    queue.end_ = queue.lines_ + lines_.size();
+    queue.at_ = queue.first_ = first;
+    queue.last_ = last;
+  }
+
+  std::vector<Queue::Lines> lines_;
+  std::vector<int64_t> side_by_side_;  // offsets of lines
+  bool spread_ = false;
+};
