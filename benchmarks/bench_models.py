@@ -32,6 +32,7 @@ from posmlp_kernels import PosSGU, mixing_matrix, use_backend
 from .attempts import Attempts
 from .baselines import FreeGate
 from .device import built_and_weighed
+from .gate_cases import BOTH, FORWARD, flops_around
 from .structure import kept
 from .targets import GATELESS, ORIGINAL, OURS, RIVALS, model_targets, show
 from .timing import Ceilings, machine, peak_memory, race, summary, version, write
@@ -82,19 +83,21 @@ def flops_of_ours(setting: Setting) -> int:
 
 
 def flops_of_gates(setting: Setting) -> float:
-    """Of the products in PosMLP-T's gates on tiled maps, but for weights of P that cannot show."""
-    model, flops = create_model(OURS).eval(), []
+    """Of PosMLP-T's gates on tiled maps, GELU included, but for weights of P that cannot show."""
+    model, flops, direction = create_model(OURS).eval(), [], BOTH if setting.training else FORWARD
 
     def record(gate: PosSGU, _: object, output: Tensor) -> None:
         weights = mixing_matrix(gate.relative_table().double(), gate.window, gate.softmax)
-        flops.append(2.0 * output.numel() * weights.shape[-1] * kept(weights))
+        products = 4 if setting.training else 1  # a backward makes P X1 again
+        flops.append(2.0 * output.numel() * weights.shape[-1] * kept(weights) * products)
+        flops.append(flops_around(output.numel(), direction, gelu=True))
 
     for module in model.modules():
         if isinstance(module, PosSGU):
             module.register_forward_hook(record)
     with torch.no_grad():
         model(torch.zeros(1, 3, setting.size, setting.size))
-    return sum(flops) * setting.batch * (4 if setting.training else 1)  # a backward makes P X1 again
+    return sum(flops) * setting.batch
 
 
 def work_of(name: str, setting: Setting, compiled: bool = False) -> Callable[[], Tensor]:

@@ -60,8 +60,11 @@ def measure(case: Gate, direction: str, settings: Settings, effort: Effort, ceil
     if any(name.endswith(", gelu") for name in works):
         works |= yardsticks(case, direction, settings)
     times = attempts("race", race, works | ceilings.works, effort.seconds, effort.rounds, effort.burst) or {}
-    row = {"kept_flops": case.flops(direction) * case.kept()} if settings.device.type == "cpu" else {}
-    return row | {
+    least = {
+        "kept_flops": case.flops(direction) * case.kept(),
+        "flops_around": case.flops_around(direction),
+    }
+    return (least if settings.device.type == "cpu" else {}) | {
         "case": case.name,
         "direction": direction,
         "shape": asdict(case),

@@ -14,7 +14,15 @@ from .structure import kept
 
 FORWARD, BACKWARD, BOTH = DIRECTIONS = ("forward", "backward", "forward + backward")
 _PRODUCTS = {FORWARD: 1, BACKWARD: 3, BOTH: 4}  # a backward makes P X1 again, P^T dU and dU X1^T
+# What multipliers do for a number of X1 and one of X2 besides: scale, bias, X2; in a backward dX2 and dU too.
+_AROUND = {FORWARD: 2, BACKWARD: 4, BOTH: 6}
+_AROUND_WITH_GELU = {FORWARD: 2 + 2 * 8, BACKWARD: 6 + 2 * 15, BOTH: 8 + 2 * 23}  # and again with its slope
 _ELEMENTS = {FORWARD: 3, BACKWARD: 5, BOTH: 8}  # of C a token: x and z; x, dz and dx
+
+
+def flops_around(numbers: int, direction: str, gelu: bool) -> float:
+    """What a gate of so many outputs takes besides its products, as vectors are multiplied with AVX-512."""
+    return 2.0 * numbers * (_AROUND_WITH_GELU if gelu else _AROUND)[direction]
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,10 @@ class Gate:
         edges = [0, *range(self.window - self.shift, self.map, self.window), self.map]
         pairs = sum((end - start) ** 2 for start, end in pairwise(edges)) ** self.rank
         return 2.0 * self.batch * pairs * self.channels * _PRODUCTS[direction]
+
+    def flops_around(self, direction: str) -> float:
+        """Those of the way in and out."""
+        return flops_around(self.batch * self.map**self.rank * self.channels, direction, gelu=False)
 
     def kept(self) -> float:
         """The part of P's weights that can show in a result."""

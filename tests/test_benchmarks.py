@@ -211,6 +211,8 @@ def test_targets_of_a_gate():
         row["times"] = {name: {"median": time} for name, time in (times | {"gelu alone": alone}).items()}
         assert targets.gate_targets(CPU_RUN | {"rows": [row]})[2].verdict == verdict
     assert (share.best, faster.best, gelu.best) == (pytest.approx(2), pytest.approx(12.5), None)
+    around = targets.gate_targets(CPU_RUN | {"rows": [row | {"kept_flops": 0.6e9, "flops_around": 0.2e9}]})
+    assert around[0].best == pytest.approx(4)
     copied = row | {"case": "stage 4", "bytes": 6e7}
     assert targets.gate_targets(CPU_RUN | {"rows": [copied]})[0].value == pytest.approx(0.01 / 0.006)
     assert "5.0 if caches hold them" in targets.gate_targets(CPU_RUN | {"rows": [copied]})[0].what
