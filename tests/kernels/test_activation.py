@@ -60,19 +60,20 @@ def test_gelu_is_good_to_a_few_units_in_the_last_place():
 
 
 @needs_cpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("channels", [1, 4, 8, 16])
-def test_gelu_at_the_ends_of_the_line(channels):
-    x = torch.tensor(
-        [0.0, 1e-30, -1e-30, 1e-6, -1e-6, 100, -100, 3e38, -3e38, math.inf, math.nan, 1, 2, 3, 4, 5]
-    )
+def test_gelu_at_the_ends_of_the_line(channels, dtype):
+    ends = [0.0, 1e-30, -1e-30, 1e-6, -1e-6, 100, -100, 3e38, -3e38, math.inf, math.nan, 1, 2, 3, 4, 5]
+    x = torch.tensor(ends, dtype=dtype)
     y, slope = activated(x, "gelu", channels)
     wanted = [0.0, 5e-31, -5e-31, 5e-7, -5e-7, 100, 0, 3e38, 0, math.inf, math.nan]
-    torch.testing.assert_close(y[:11], torch.tensor(wanted), equal_nan=True, rtol=1e-5, atol=0.0)
-    assert torch.equal(slope[5:9], torch.tensor([1.0, 0, 1, 0]))
+    torch.testing.assert_close(y[:11], x.new_tensor(wanted), equal_nan=True, rtol=1e-5, atol=0.0)
+    assert torch.equal(slope[5:9], x.new_tensor([1.0, 0, 1, 0]))
 
 
 @needs_cpu
-def test_gelu_in_double():
-    x = LINE.double()[::100]
-    for got, true in zip(activated(x, "gelu", 8), truth(x, "gelu"), strict=True):
+@pytest.mark.parametrize("channels", [1, 2, 4, 8, 29])
+def test_gelu_in_double(channels):
+    x = LINE.double()[::7]
+    for got, true in zip(activated(x, "gelu", channels), truth(x, "gelu"), strict=True):
         torch.testing.assert_close(got, true[: len(got)], rtol=1e-13, atol=1e-15)
