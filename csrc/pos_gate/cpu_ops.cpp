@@ -3,10 +3,6 @@
 
 #include <tuple>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include "arguments.h"
 #include "cpu.h"
 
@@ -80,22 +76,6 @@ Call call_of(const Arguments& a, int64_t splits) {
   return call;
 }
 
-// An output of x's type. Fresh memory costs a page fault for every 4 KB: large
-// outputs ask for huge pages, as NumPy's arrays do.
-Tensor output(const Arguments& a, const Sizes& sizes) {
-  Tensor tensor = torch::stable::new_empty(a.x, sizes);
-#ifdef MADV_HUGEPAGE
-  constexpr size_t kLarge = size_t(4) << 20, kPage = 4096;
-  const size_t bytes = size_t(tensor.numel()) * size_t(tensor.element_size());
-  if (bytes >= kLarge) {
-    char* data = static_cast<char*>(tensor.mutable_data_ptr());
-    const size_t skipped = (kPage - size_t(data) % kPage) % kPage;
-    madvise(data + skipped, bytes - skipped, MADV_HUGEPAGE);  // a hint: nothing depends on its success
-  }
-#endif
-  return tensor;
-}
-
 // The means and inverse deviations of X1's tokens, kept alive by the caller.
 Tensor norm_statistics(const Arguments& a, Call& call, const Kernels& kernels) {
   const int64_t tokens = call.shape.batch * call.shape.map_tokens();
@@ -114,7 +94,7 @@ Tensor forward(const Tensor& x, const MaybeTensor& table, const MaybeTensor& bia
   const Arguments a(x, table, bias, matrix, norm_weight, norm_bias, window, shift, softmax, activation, eps);
   const int64_t threads = torch::stable::get_num_threads(), bytes = x.numel() * x.element_size();
   Call call = call_of(a, forward_splits(a.shape, bytes, threads));
-  Tensor z = output(a, a.z_sizes());
+  Tensor z = torch::stable::new_empty(a.x, a.z_sizes());
   if (z.numel() == 0) return z;
   const Kernels& kernels = choose_kernels();
   call.streams = streams(a, bytes, call.splits);
@@ -148,7 +128,7 @@ Gradients backward(const Tensor& dz, const Tensor& x, const MaybeTensor& table, 
   const Tensor gradient = a.gradient(dz);
   call.dz = gradient.const_data_ptr();
   call.dz_view = view_of(gradient);
-  Tensor dx = output(a, sizes_of(x));
+  Tensor dx = torch::stable::new_empty(a.x, sizes_of(x));
   call.dx = dx.mutable_data_ptr();
 
   const auto parts = [&](bool wanted, int64_t count, int64_t size, void*& data) {
