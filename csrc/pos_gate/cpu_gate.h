@@ -5,7 +5,7 @@
 //
 // Tiling: the columns of a group are the long axis (window, channel of the group), cut into panels as wide as a register
 // tile. A unit is a group and a share of its columns. P is prepared once per window class, and panels stream past it. A
-// panel of X1 is gathered by address (activation and norm on the way) and stays in the first-level cache; then, tile of
+// panel of X1 is gathered by address (activation and norm on the way) and stays near the first-level cache; then, tile of
 // rows by tile of rows, the product is made, and bias, X2 and the way out are applied to the tile while it is at hand.
 // X2, dZ, Z and dX are touched nowhere else, a tile ahead of their use they are asked for, and nothing of the size of x
 // is ever stored. Of P and of its transpose the products need the table alone (3 KB for N = 196), unless there is a free

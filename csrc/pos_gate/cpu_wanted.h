@@ -3,8 +3,8 @@
 // Rows of a few channels, a token apart, no hardware prefetcher foresees, and a core has too few buffers to ask for a
 // panel at once. So while a tile is multiplied, what its tokens have in the maps at hand is asked for, and of the next
 // panel. In small windows that is not enough: there is too little to multiply for each line. But where a share is small
-// all of the next one can be asked for meanwhile, in the order of its addresses: then the prefetchers help, if the pace is
-// even. More than they fetch is dropped.
+// all of the next one can be asked for meanwhile, in the order of its addresses: then the prefetchers help. The pace must
+// be even: what is asked for faster than they fetch is dropped.
 // No include guard: every instruction set compiles this text anew, inside its own namespace and target options.
 
 class Wanted {
