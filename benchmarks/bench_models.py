@@ -32,7 +32,7 @@ from posmlp_kernels import PosSGU, mixing_matrix, use_backend
 from .attempts import Attempts
 from .baselines import FreeGate
 from .device import built_and_weighed
-from .gate_cases import BOTH, FORWARD, flops_around
+from .gate_cases import BOTH, FORWARD, PRODUCTS, flops_around
 from .structure import kept
 from .targets import GATELESS, ORIGINAL, OURS, RIVALS, model_targets, show
 from .timing import Ceilings, machine, peak_memory, race, summary, version, write
@@ -88,8 +88,7 @@ def flops_of_gates(setting: Setting) -> float:
 
     def record(gate: PosSGU, _: object, output: Tensor) -> None:
         weights = mixing_matrix(gate.relative_table().double(), gate.window, gate.softmax)
-        products = 4 if setting.training else 1  # a backward makes P X1 again
-        flops.append(2.0 * output.numel() * weights.shape[-1] * kept(weights) * products)
+        flops.append(2.0 * output.numel() * weights.shape[-1] * kept(weights) * PRODUCTS[direction])
         flops.append(flops_around(output.numel(), direction, gelu=True))
 
     for module in model.modules():

@@ -13,10 +13,11 @@ from posmlp_kernels import PosSGU, mixing_matrix
 from .structure import kept
 
 FORWARD, BACKWARD, BOTH = DIRECTIONS = ("forward", "backward", "forward + backward")
-_PRODUCTS = {FORWARD: 1, BACKWARD: 3, BOTH: 4}  # a backward makes P X1 again, P^T dU and dU X1^T
-# What multipliers do for a number of X1 and one of X2 besides: scale, bias, X2; in a backward dX2 and dU too.
-_AROUND = {FORWARD: 2, BACKWARD: 4, BOTH: 6}
-_AROUND_WITH_GELU = {FORWARD: 2 + 2 * 8, BACKWARD: 6 + 2 * 15, BOTH: 8 + 2 * 23}  # and again with its slope
+PRODUCTS = {FORWARD: 1, BACKWARD: 3, BOTH: 4}  # a backward makes P X1 again, P^T dU and dU X1^T
+# Multiplications for a number of X1 and one of X2 besides: scale, bias, X2; in a backward dX2 and dU too.
+# GELU takes 8 for each number, 15 with its slope, as `csrc/pos_gate/cpu_gelu_lookup.h` has it.
+_AROUND = {FORWARD: 2, BACKWARD: 4, BOTH: 2 + 4}
+_AROUND_WITH_GELU = {FORWARD: 2 + 2 * 8, BACKWARD: 6 + 2 * 15, BOTH: 18 + 36}
 _ELEMENTS = {FORWARD: 3, BACKWARD: 5, BOTH: 8}  # of C a token: x and z; x, dz and dx
 
 
@@ -55,7 +56,7 @@ class Gate:
         """Those of mixing tokens that share a window."""
         edges = [0, *range(self.window - self.shift, self.map, self.window), self.map]
         pairs = sum((end - start) ** 2 for start, end in pairwise(edges)) ** self.rank
-        return 2.0 * self.batch * pairs * self.channels * _PRODUCTS[direction]
+        return 2.0 * self.batch * pairs * self.channels * PRODUCTS[direction]
 
     def flops_around(self, direction: str) -> float:
         """Those of the way in and out."""

@@ -16,7 +16,7 @@ pytest.importorskip("matplotlib", reason="the benchmarks draw figures")
 
 from benchmarks import bench_models, bench_pos_gate, report, targets, timing
 from benchmarks.attempts import Attempts
-from benchmarks.gate_cases import DIRECTIONS, FORWARD, SUITES, SWEEPS, Gate
+from benchmarks.gate_cases import BACKWARD, BOTH, DIRECTIONS, FORWARD, SUITES, SWEEPS, Gate, flops_around
 from benchmarks.gate_contenders import Contender, Settings, Truth, contender, names
 from benchmarks.plots import draw
 from posmlp_kernels import PosSGU
@@ -217,6 +217,14 @@ def test_targets_of_a_gate():
     assert targets.gate_targets(CPU_RUN | {"rows": [copied]})[0].value == pytest.approx(0.01 / 0.006)
     assert "5.0 if caches hold them" in targets.gate_targets(CPU_RUN | {"rows": [copied]})[0].what
     assert targets.gate_targets({"device": "cpu", "dtype": "bfloat16", "rows": [row]}) == []
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_multiplications_around_products(direction):
+    """A backward's and a forward's are those of both, and GELU's are more."""
+    around = {d: flops_around(7, d, gelu=True) for d in DIRECTIONS}
+    assert around[BOTH] == around[FORWARD] + around[BACKWARD]
+    assert around[direction] > flops_around(7, direction, gelu=False) > 0
 
 
 def test_gates_for_free():

@@ -20,7 +20,7 @@ struct Panel {
 // map: in bytes, so that a step that asks for a line has nothing to multiply.
 struct Window {
   WindowClass cls;
-  int64_t tokens;
+  int64_t tokens, columns, panels;  // columns of all windows of the class, for one group
   std::vector<int64_t> index, place, token;
   std::vector<int64_t> x, dz, z, dx, dx_normed;
 };
@@ -59,7 +59,8 @@ class Columns {
       for (int64_t& offset : offsets) offset *= int64_t(size);
       return offsets;
     };
-    return {cls, cls.tokens(),
+    const int64_t columns = cls.windows(shape_.batch) * depth();
+    return {cls, cls.tokens(), columns, divide_up(columns, width_),
             cls.token_indices(shape_), cls.token_offsets(shape_.table_view()), cls.token_offsets(token_),
             bytes(call_.x_view, sizeof(T)), bytes(call_.dz_view, sizeof(T)), bytes(z_, sizeof(T)),
             bytes(dx_, sizeof(T)), bytes(z_, sizeof(A))};
@@ -67,8 +68,7 @@ class Columns {
 
   // Where a share begins.
   int64_t first(const Window& window, int64_t share) const {
-    const int64_t columns = window.cls.windows(shape_.batch) * depth(), panels = divide_up(columns, width_);
-    return std::min(columns, panels * share / call_.splits * width_);
+    return std::min(window.columns, window.panels * share / call_.splits * width_);
   }
 
   // Where a panel's columns lie, of which `from` is the first.

@@ -7,8 +7,8 @@
 // beyond kEnd nothing is left of Q that could be seen beside an ordinary number.
 constexpr int kPieces = 16;
 
-// By a polynomial of degree kDegree Q comes out right to a rounding of 1, by one of kSlopeDegree its slope. kRound is 1.5 * 2^(bits of the
-// mantissa): adding it leaves the nearest integer in the low bits.
+// A polynomial of degree kDegree gives Q to a rounding of 1, one of kSlopeDegree its slope too. kRound is 1.5 * 2^(bits of
+// the mantissa): adding it leaves the nearest integer in the low bits.
 template <class A>
 struct Tail;
 template <>
@@ -95,22 +95,22 @@ inline auto look_up(Index index, const A* table) {
   }
 }
 
-// a < b ? a : b and a > b ? a : b, in one instruction, which the compiler does not dare to choose for NaN's sake.
+// In single in one instruction, which the compiler does not dare to choose for NaN's sake.
 template <class V>
-inline V smaller(V a, V b) {
-  constexpr bool kSingle = std::is_same_v<ElementOf<V>, float>;
-  if constexpr (sizeof a == 64 && kSingle) return (V)_mm512_maskz_min_ps(0xffff, (__m512)a, (__m512)b);
-  if constexpr (sizeof a == 64 && !kSingle) return (V)_mm512_maskz_min_pd(0xff, (__m512d)a, (__m512d)b);
-  if constexpr (sizeof a == 32 && kSingle) return (V)_mm256_min_ps((__m256)a, (__m256)b);
-  return a < b ? a : b;
+inline V smaller(V a, V b) { return a < b ? a : b; }
+inline Vec<float, 16> smaller(Vec<float, 16> a, Vec<float, 16> b) {
+  return (Vec<float, 16>)_mm512_maskz_min_ps(0xffff, (__m512)a, (__m512)b);
+}
+inline Vec<float, 8> smaller(Vec<float, 8> a, Vec<float, 8> b) {
+  return (Vec<float, 8>)_mm256_min_ps((__m256)a, (__m256)b);
 }
 template <class V>
-inline V larger(V a, V b) {
-  constexpr bool kSingle = std::is_same_v<ElementOf<V>, float>;
-  if constexpr (sizeof a == 64 && kSingle) return (V)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b);
-  if constexpr (sizeof a == 64 && !kSingle) return (V)_mm512_maskz_max_pd(0xff, (__m512d)a, (__m512d)b);
-  if constexpr (sizeof a == 32 && kSingle) return (V)_mm256_max_ps((__m256)a, (__m256)b);
-  return a > b ? a : b;
+inline V larger(V a, V b) { return a > b ? a : b; }
+inline Vec<float, 16> larger(Vec<float, 16> a, Vec<float, 16> b) {
+  return (Vec<float, 16>)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b);
+}
+inline Vec<float, 8> larger(Vec<float, 8> a, Vec<float, 8> b) {
+  return (Vec<float, 8>)_mm256_max_ps((__m256)a, (__m256)b);
 }
 
 // Where |x| lies: that many steps from 0, and `rest` from the centre of `piece`.

@@ -76,4 +76,5 @@ def test_gelu_at_the_ends_of_the_line(channels, dtype):
 def test_gelu_in_double(channels):
     x = LINE.double()[::7]
     for got, true in zip(activated(x, "gelu", channels), truth(x, "gelu"), strict=True):
-        torch.testing.assert_close(got, true[: len(got)], rtol=1e-13, atol=1e-15)
+        error = (got - true[: len(got)]).abs()
+        assert (error <= 2 * 2**-52 * x[: len(got)].clamp_min(1)).all()
