@@ -16,7 +16,7 @@
 
 namespace posmlp::cpu {
 namespace {
-constexpr int kVectorBytes = 32, kTileRows = 4, kTileVectors = 3;
+constexpr int kVectorBytes = 32, kTileRows = 4, kLeastRows = 2, kTileVectors = 3;
 }
 #include "cpu_kernels.h"
 }  // namespace posmlp::cpu

@@ -17,7 +17,7 @@
 
 namespace posmlp::cpu {
 namespace {
-constexpr int kVectorBytes = 64, kTileRows = 7, kTileVectors = 3;
+constexpr int kVectorBytes = 64, kTileRows = 7, kLeastRows = 4, kTileVectors = 3;
 }
 #include "cpu_kernels.h"
 }  // namespace posmlp::cpu

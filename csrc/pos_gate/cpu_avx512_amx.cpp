@@ -23,7 +23,7 @@
 
 namespace posmlp::cpu {
 namespace {
-constexpr int kVectorBytes = 64, kTileRows = 16, kTileVectors = 3;
+constexpr int kVectorBytes = 64, kTileRows = 16, kLeastRows = 16, kTileVectors = 3;
 }
 #include "cpu_kernels.h"
 

@@ -16,11 +16,35 @@ struct Panel {
   Pieces pieces;
 };
 
+// A tile of a product: the tokens from `first` to `last` are its rows.
+struct Tile {
+  int64_t first, last;
+
+  int64_t rows() const { return last - first; }
+};
+
+// The tiles of a window, of equal height or one less. They keep to the tokens of a row where these are enough: those
+// lie side by side in the table too.
+inline std::vector<Tile> tiles_of(const WindowClass& cls) {
+  constexpr bool kVary = kLeastRows < kTileRows;
+  const int64_t tokens = cls.tokens(), row = kVary && cls.box[2] >= kLeastRows ? cls.box[2] : tokens;
+  const int64_t count = divide_up(row, kTileRows);
+  std::vector<Tile> tiles;
+  for (int64_t begin = 0; begin < tokens; begin += row)
+    for (int64_t k = 0; k < count; ++k)
+      if (kVary)
+        tiles.push_back({begin + row * k / count, begin + row * (k + 1) / count});
+      else
+        tiles.push_back({kTileRows * k, std::min(tokens, kTileRows * (k + 1))});
+  return tiles;
+}
+
 // A window class, where its tokens lie in the window and the table, and their addresses relative to the first one in each
 // map: in bytes, so that a step that asks for a line has nothing to multiply.
 struct Window {
   WindowClass cls;
   int64_t tokens, columns, panels;  // columns of all windows of the class, for one group
+  std::vector<Tile> tiles;
   std::vector<int64_t> index, place, token;
   std::vector<int64_t> x, dz, z, dx, dx_normed;
 };
@@ -60,7 +84,7 @@ class Columns {
       return offsets;
     };
     const int64_t columns = cls.windows(shape_.batch) * depth();
-    return {cls, cls.tokens(), columns, divide_up(columns, width_),
+    return {cls, cls.tokens(), columns, divide_up(columns, width_), tiles_of(cls),
             cls.token_indices(shape_), cls.token_offsets(shape_.table_view()), cls.token_offsets(token_),
             bytes(call_.x_view, sizeof(T)), bytes(call_.dz_view, sizeof(T)), bytes(z_, sizeof(T)),
             bytes(dx_, sizeof(T)), bytes(z_, sizeof(A))};

@@ -184,9 +184,10 @@ class Gate {
   void add_mixing_gradient(const Window& window, int64_t panels) {
     const E* left = operands_along_rows<E>(du_, panels * ld_ * kPanel, left_);
     const E* right = operands_of_rows<E>(x1_columns_, panels * kPanel, ld_, right_);
-    for_each_tile(window, [&](int64_t tile, int64_t from, int64_t) {
-      add_outer(left + from * kPanel / kDepthOf<E>, ld_, panels, right, active_[tile], dp_ + from * ld_, ld_);
-    });
+    for (size_t i = 0; i < window.tiles.size(); ++i) {
+      const auto& [from, to] = window.tiles[i];
+      add_outer(to - from, left + from * kPanel / kDepthOf<E>, ld_, panels, right, active_[i], dp_ + from * ld_, ld_);
+    }
   }
 
   // ---- groups, units, panels, tiles ----
@@ -238,14 +239,7 @@ class Gate {
       }
     }
     const int64_t panels = divide_up(end - begin, kPanel) * shape_.groups;
-    wanted_.spread(rows, bytes, kAsksOfFew * panels * divide_up(window.tokens, kTileRows) * steps_of(window));
-  }
-
-  // Calls `work(tile, first, last)` for each tile of the window's tokens.
-  template <class Work>
-  void for_each_tile(const Window& window, Work&& work) const {
-    for (int64_t tile = 0, first = 0; first < window.tokens; ++tile, first += kTileRows)
-      work(tile, first, std::min(window.tokens, first + kTileRows));
+    wanted_.spread(rows, bytes, kAsksOfFew * panels * int64_t(window.tiles.size()) * steps_of(window));
   }
 
   // The product of packed weights and a panel, tile by tile, while the wanted rows of the tile's tokens are asked for.
@@ -260,17 +254,19 @@ class Gate {
     }
     // Sums of few steps have more lines to ask for than steps; otherwise two at a time get in each other's way.
     const bool few = steps_of(window) <= 64;
-    const auto kernel = few ? multiply_for<A, E, kAsksOfFew>(panel_.columns) : multiply_for<A, E, 1>(panel_.columns);
-    for_each_tile(window, [&](int64_t tile, int64_t from, int64_t to) {
-      wanted_.begin_tile(from, to);
-      multiply(kernel, weights, tile, factor, y_, wanted_);
+    const auto kernel_for = few ? multiply_for<A, E, kAsksOfFew> : multiply_for<A, E, 1>;
+    const auto finish_tile = [&](const Tile& tile) {
+      for (const Piece& piece : panel_.pieces) finish(piece, tile.first, tile.last);
+    };
+    for (size_t i = 0; i < window.tiles.size(); ++i) {
+      const Tile& tile = window.tiles[i];
+      wanted_.begin_tile(tile.first, tile.last);
+      multiply(kernel_for(tile.rows(), panel_.columns), weights, i, factor, y_, wanted_);
       wanted_.end_tile();
-      if (tile > 0)
-        for (const Piece& piece : panel_.pieces) finish(piece, from - kTileRows, from);
+      if (i > 0) finish_tile(window.tiles[i - 1]);
       std::swap(y_, done_);
-      if (to == window.tokens)
-        for (const Piece& piece : panel_.pieces) finish(piece, from, to);
-    });
+    }
+    finish_tile(window.tiles.back());
   }
   template <class U>
   static void take(Allotment<U>& allot, std::initializer_list<std::pair<U**, int64_t>> buffers) {
@@ -298,15 +294,14 @@ class Gate {
   // The panel is activated as a whole: by then no vector has to be pieced together out of stores under way.
   void load_x1(const Window& window, A* slopes) const {
     const auto map = x_map(window, panel_, 0);
-    for_each_tile(window, [&](int64_t, int64_t from, int64_t to) {
+    for (const Tile& tile : window.tiles)
       for (const Piece& piece : panel_.pieces) {
-        const auto x = map.rows(piece, from);
-        A* x1 = x1_ + from * kPanel + piece.column;
-        for_each_vector<A>(to - from, piece.count, [=](auto lanes, int64_t k, int64_t c) {
+        const auto x = map.rows(piece, tile.first);
+        A* x1 = x1_ + tile.first * kPanel + piece.column;
+        for_each_vector<A>(tile.rows(), piece.count, [=](auto lanes, int64_t k, int64_t c) {
           store(x1 + k * kPanel + c, load_as<A, lanes>(x(k) + c));
         });
       }
-    });
     activate(window.tokens, slopes);
     if (call_.norm_weight) normalise(window);
   }

@@ -145,13 +145,13 @@ struct Packed {
 #else
 // to[r, :] = sum over the steps of some runs of weight[r] * from[row, :]; both have rows of kPanel, of which kVectors
 // vectors count and, if kHalf, half of the next. Meanwhile the wanted cache lines are asked for.
-template <class A, class E, int kAsks, int kVectors, bool kHalf>
+template <class A, class E, int kAsks, int kRows, int kVectors, bool kHalf>
 __attribute__((noinline)) void multiply_tile(const Run* run, const Run* last, const E* all_weights, const E* from, A* to,
                                              Wanted& wanted) {
   constexpr int kLanes = VectorOf<A>::kLanes, kPanel = kTileVectors * kLanes;
-  Vec<A> sums[kTileRows][kVectors];
-  Vec<A, kLanes / 2> halves[kTileRows];
-  for (int r = 0; r < kTileRows; ++r) {
+  Vec<A> sums[kRows][kVectors];
+  Vec<A, kLanes / 2> halves[kRows];
+  for (int r = 0; r < kRows; ++r) {
     for (int v = 0; v < kVectors; ++v) sums[r][v] = Vec<A>{};
     if (kHalf) halves[r] = Vec<A, kLanes / 2>{};
   }
@@ -162,11 +162,11 @@ __attribute__((noinline)) void multiply_tile(const Run* run, const Run* last, co
     for (int i = 0; i < kAsks; ++i) queue.ask<(kAsks > 1)>();
     Operands<E> vectors[kVectors];
     for (int v = 0; v < kVectors; ++v) vectors[v] = Operands<E>(operands + v * kLanes);
-    for (int r = 0; r < kTileRows; ++r)
+    for (int r = 0; r < kRows; ++r)
       for (int v = 0; v < kVectors; ++v) sums[r][v] = vectors[v].times(weights[r], sums[r][v]);
     if constexpr (kHalf) {
       const auto half = load<E, kLanes / 2>(operands + kVectors * kLanes);
-      for (int r = 0; r < kTileRows; ++r) halves[r] += weights[r] * half;
+      for (int r = 0; r < kRows; ++r) halves[r] += weights[r] * half;
     }
     operands += kPanel;
     weights += run->stride;
@@ -178,25 +178,27 @@ __attribute__((noinline)) void multiply_tile(const Run* run, const Run* last, co
     steps = run->count;
   }
   wanted.queue = queue;
-  for (int r = 0; r < kTileRows; ++r, to += kPanel) {
+  for (int r = 0; r < kRows; ++r, to += kPanel) {
     for (int v = 0; v < kVectors; ++v) store(to + v * kLanes, sums[r][v]);
     if (kHalf) store(to + kVectors * kLanes, halves[r]);
   }
 }
 #endif
 
-// That for as many vectors as the columns take. Half a vector is half the work where AVX-512 is done in halves.
+// That for a tile's rows, and as many vectors as the columns take. Half a vector is half the work where AVX-512 is done in halves.
 template <class A, class E>
 using Multiply = void (*)(const Run*, const Run*, const E*, const E*, A*, Wanted&);
-template <class A, class E, int kAsks>
-inline Multiply<A, E> multiply_for(int64_t columns) {
+template <class A, class E, int kAsks, int kRows = kTileRows>
+inline Multiply<A, E> multiply_for(int64_t rows, int64_t columns) {
+  if constexpr (kRows > kLeastRows)
+    if (rows < kRows) return multiply_for<A, E, kAsks, kRows - 1>(rows, columns);
   constexpr int64_t kLanes = VectorOf<A>::kLanes;
   constexpr bool kHalves = kVectorBytes == 64 && kDepthOf<E> == 1;
   const int64_t vectors = divide_up(columns, kLanes);
   const bool half = kHalves && (columns - 1) % kLanes < kLanes / 2;
-  if (vectors == 3) return half ? multiply_tile<A, E, kAsks, 2, kHalves> : multiply_tile<A, E, kAsks, 3, false>;
-  if (vectors == 2) return half ? multiply_tile<A, E, kAsks, 1, kHalves> : multiply_tile<A, E, kAsks, 2, false>;
-  return multiply_tile<A, E, kAsks, 1, false>;
+  if (vectors == 3) return half ? multiply_tile<A, E, kAsks, kRows, 2, kHalves> : multiply_tile<A, E, kAsks, kRows, 3, false>;
+  if (vectors == 2) return half ? multiply_tile<A, E, kAsks, kRows, 1, kHalves> : multiply_tile<A, E, kAsks, kRows, 2, false>;
+  return multiply_tile<A, E, kAsks, kRows, 1, false>;
 }
 static_assert(kTileVectors == 3);
 
@@ -223,21 +225,21 @@ inline void multiply(Multiply<A, E> multiply_runs, const Packed<E>& packed, int6
 // The outer product that is dP: to[r, at[v] + lane] += sum over columns c of left[r, c] * right[c, at[v] + lane].
 // left has rows of a panel's steps and `panels` panels `left_rows` rows apart; right has a row of ld for each step; to
 // has rows of ld.
-template <class A, class E, int kVectors>
+template <class A, class E, int kRows, int kVectors>
 __attribute__((noinline)) void add_outer_tile(const E* left, int64_t left_rows, int64_t panels, const E* right,
                                               const int32_t* at, A* to, int64_t ld) {
   constexpr int kSteps = kTileVectors * VectorOf<A>::kLanes / kDepthOf<E>;
-  Vec<A> sums[kTileRows][kVectors];
-  for (int r = 0; r < kTileRows; ++r)
+  Vec<A> sums[kRows][kVectors];
+  for (int r = 0; r < kRows; ++r)
     for (int v = 0; v < kVectors; ++v) sums[r][v] = Vec<A>{};
   for (int64_t panel = 0; panel < panels; ++panel, left += left_rows * kSteps)
     for (int64_t c = 0; c < kSteps; ++c, right += ld) {
       Operands<E> vectors[kVectors];
       for (int v = 0; v < kVectors; ++v) vectors[v] = Operands<E>(right + at[v]);
-      for (int r = 0; r < kTileRows; ++r)
+      for (int r = 0; r < kRows; ++r)
         for (int v = 0; v < kVectors; ++v) sums[r][v] = vectors[v].times(left[r * kSteps + c], sums[r][v]);
     }
-  for (int r = 0; r < kTileRows; ++r)
+  for (int r = 0; r < kRows; ++r)
     for (int v = 0; v < kVectors; ++v) {
       A* sum = to + r * ld + at[v];
       // Added last, not first: a sum of short sums rounds less than one long one.
@@ -246,14 +248,16 @@ __attribute__((noinline)) void add_outer_tile(const E* left, int64_t left_rows, 
 }
 #endif
 
-template <class A, class E>
-inline void add_outer(const E* left, int64_t left_rows, int64_t panels, const E* right, const std::vector<int32_t>& at,
-                      A* to, int64_t ld) {
+template <class A, class E, int kRows = kTileRows>
+inline void add_outer(int64_t rows, const E* left, int64_t left_rows, int64_t panels, const E* right,
+                      const std::vector<int32_t>& at, A* to, int64_t ld) {
+  if constexpr (kRows > kLeastRows)
+    if (rows < kRows) return add_outer<A, E, kRows - 1>(rows, left, left_rows, panels, right, at, to, ld);
   const int64_t count = int64_t(at.size());
   int64_t v = 0;
-  for (; v + 3 <= count; v += 3) add_outer_tile<A, E, 3>(left, left_rows, panels, right, &at[v], to, ld);
-  if (count - v == 2) add_outer_tile<A, E, 2>(left, left_rows, panels, right, &at[v], to, ld);
-  if (count - v == 1) add_outer_tile<A, E, 1>(left, left_rows, panels, right, &at[v], to, ld);
+  for (; v + 3 <= count; v += 3) add_outer_tile<A, E, kRows, 3>(left, left_rows, panels, right, &at[v], to, ld);
+  if (count - v == 2) add_outer_tile<A, E, kRows, 2>(left, left_rows, panels, right, &at[v], to, ld);
+  if (count - v == 1) add_outer_tile<A, E, kRows, 1>(left, left_rows, panels, right, &at[v], to, ld);
 }
 
 // a[0] b[0] a[1] b[1] ... from the first (kHalf = 0) or the second halves of two vectors.

@@ -49,7 +49,7 @@ inline void store_sums(float* to, int64_t ld) {
 }
 
 // Each run is a block of weights, kTileRows rows of kStepsAtOnce, `stride` apart.
-template <class A, class E, int kAsks, int kVectors, bool>
+template <class A, class E, int kAsks, int, int kVectors, bool>
 __attribute__((noinline)) void multiply_tile(const Run* run, const Run* last, const E* all_weights, const E* from, A* to,
                                              Wanted& wanted) {
   constexpr int64_t kLanes = VectorOf<A>::kLanes, kPanel = kPanelOf<A>, kStride = kPanel * sizeof(E);
@@ -80,7 +80,7 @@ __attribute__((noinline)) void multiply_tile(const Run* run, const Run* last, co
   store_sums<kVectors>(to, kPanel);
 }
 
-template <class A, class E, int kVectors>
+template <class A, class E, int, int kVectors>
 __attribute__((noinline)) void add_outer_tile(const E* left, int64_t left_rows, int64_t panels, const E* right,
                                               const int32_t* at, A* to, int64_t ld) {
   constexpr int64_t kLanes = VectorOf<A>::kLanes, kSteps = kPanelOf<A> / kDepthOf<E>;

@@ -7,7 +7,7 @@
 template <class A>
 struct PackingBuffers {
   std::vector<double> entries;
-  std::vector<A> peak, row_peak;
+  std::vector<A> peak, low_peak, row_peak;
 };
 
 // E: what the products multiply.
@@ -24,12 +24,11 @@ class Packing {
     packed.weights.clear();
     if (weights_.shared()) share_table<kRows>(packed);
     if (!kRows) least_limit_ = *std::min_element(weights_.limit(), weights_.limit() + tokens);
-    for (int64_t first = 0; first < tokens; first += kTileRows) {
-      const int64_t rows = std::min<int64_t>(kTileRows, tokens - first), last = first + rows - 1;
-      if (weights_.shared() && rows == kTileRows && place[last] == place[first] + rows - 1)
-        pack_shared<kRows>(packed, first);
+    for (const Tile& tile : window().tiles) {
+      if (weights_.shared() && place[tile.last - 1] == place[tile.first] + tile.rows() - 1)
+        pack_shared<kRows>(packed, tile);
       else
-        pack_tile<kRows>(packed, first, rows);
+        pack_tile<kRows>(packed, tile);
       if (!packed.last_of_tile()) add_zeros(packed);
       packed.end_tile();
     }
@@ -59,14 +58,18 @@ class Packing {
     find_peaks(entries, size);
   }
 
-  // The largest |entry| among the kTileRows from each one on, and among those that a tile meets in a whole row of tokens.
+  // The largest |entry| among as many from each one on as a tile has rows, or a lower one, and among those that a tile meets
+  // in a whole row of tokens.
   void find_peaks(const double* entries, int64_t size) {
     b_.peak.resize(size + kDoubles);  // there is room for it
     for (size_t e = 0; e < b_.peak.size(); ++e)  // NaN is to be seen
       b_.peak[e] = A(entries[e] == entries[e] ? std::abs(entries[e]) : std::numeric_limits<double>::infinity());
-    widen_peaks(b_.peak, 1, kTileRows);
+    const int64_t rows = window().tiles.back().rows();  // no tile is higher
+    widen_peaks(b_.peak, 1, rows - 1);
+    b_.low_peak = b_.peak;
+    widen_peaks(b_.peak, std::max<int64_t>(1, rows - 1), rows);
     b_.row_peak = b_.peak;
-    widen_peaks(b_.row_peak, kTileRows, kTileRows - 1 + window().cls.box[2]);
+    widen_peaks(b_.row_peak, rows, rows - 1 + window().cls.box[2]);
   }
 
   // Each is the largest of `reach` entries from there on, and becomes the largest of `wanted`.
@@ -81,10 +84,12 @@ class Packing {
   // A tile that finds its weights in the shared table. Of each row of the tokens that are summed over it takes what lies
   // between the first and the last that count.
   template <bool kRows>
-  void pack_shared(Packed<E>& packed, int64_t first) const {
-    const int64_t *place = window().place.data(), length = window().cls.box[2], origin = weights_.centre() + place[first];
-    const A *peak = b_.peak.data(), *row_peak = b_.row_peak.data(), *limit = weights_.limit();
-    const A least = kRows ? *std::min_element(limit + first, limit + first + kTileRows) : least_limit_;
+  void pack_shared(Packed<E>& packed, const Tile& tile) const {
+    const int64_t *place = window().place.data(), length = window().cls.box[2];
+    const int64_t origin = weights_.centre() + place[tile.first];
+    const A* peak = (tile.rows() == window().tiles.back().rows() ? b_.peak : b_.low_peak).data();
+    const A *row_peak = b_.row_peak.data(), *limit = weights_.limit();
+    const A least = kRows ? *std::min_element(limit + tile.first, limit + tile.last) : least_limit_;
     const auto counts = [&](int64_t k) { return peak[origin - place[k]] > (kRows ? least : limit[k]); };
     for (int64_t row = 0; row < window().tokens; row += length) {
       int64_t from = row, to = row + length;
@@ -94,19 +99,19 @@ class Packing {
       while (!counts(to - 1)) --to;
       // A pair of which one lies in another row has weights of its own.
       int64_t step = from / kDepth, last = divide_up(to, kDepth);
-      if (step < divide_up(row, kDepth)) add_step<kRows>(packed, first, kTileRows, step++);
+      if (step < divide_up(row, kDepth)) add_step<kRows>(packed, tile, step++);
       const int64_t inner = std::min(last, (row + length) / kDepth);
       for (int64_t count; step < inner; step += count) {
         count = std::min<int64_t>(inner - step, kMostSteps);
         packed.add(origin - place[step * kDepth], step * kPanelOf<A>, count, -kDepth);
       }
-      if (inner < last) add_step<kRows>(packed, first, kTileRows, inner);
+      if (inner < last) add_step<kRows>(packed, tile, inner);
     }
   }
 
   template <bool kRows>
-  void pack_tile(Packed<E>& packed, int64_t first, int64_t rows) const {
-    for (int64_t step = 0; step * kDepth < window().tokens; ++step) add_step<kRows>(packed, first, rows, step);
+  void pack_tile(Packed<E>& packed, const Tile& tile) const {
+    for (int64_t step = 0; step * kDepth < window().tokens; ++step) add_step<kRows>(packed, tile, step);
   }
 
   // A tile without a weight that counts.
@@ -117,16 +122,17 @@ class Packing {
 
   // Adds a step with weights of its own, unless none counts or the tile has it already.
   template <bool kRows>
-  void add_step(Packed<E>& packed, int64_t first, int64_t rows, int64_t step) const {
+  void add_step(Packed<E>& packed, const Tile& tile, int64_t step) const {
     const int32_t row = int32_t(step * kPanelOf<A>);
     Run* const run = packed.last_of_tile();
     if (run && run->row + (run->count - 1) * kPanelOf<A> == row) return;
     E weights[kTileRows] = {};
     bool counts = false;
-    for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t r = 0; r < tile.rows(); ++r) {
       double pair[2] = {0, 0};
       for (int64_t d = 0; d < std::min(kDepth, window().tokens - step * kDepth); ++d) {
-        const int64_t i = kRows ? first + r : step * kDepth + d, j = kRows ? step * kDepth + d : first + r;
+        const int64_t i = kRows ? tile.first + r : step * kDepth + d;
+        const int64_t j = kRows ? step * kDepth + d : tile.first + r;
         pair[d] = weights_.weight_of(i, j);
         counts |= !(std::abs(pair[d]) <= double(weights_.limit()[i]));
       }

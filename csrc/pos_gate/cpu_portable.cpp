@@ -4,7 +4,7 @@
 
 namespace posmlp::cpu {
 namespace {
-constexpr int kVectorBytes = 16, kTileRows = 4, kTileVectors = 3;
+constexpr int kVectorBytes = 16, kTileRows = 4, kLeastRows = 2, kTileVectors = 3;
 }
 #include "cpu_kernels.h"
 
