@@ -239,7 +239,7 @@ class Gate {
       }
     }
     const int64_t panels = divide_up(end - begin, kPanel) * shape_.groups;
-    wanted_.spread(rows, bytes, kAsksOfFew * panels * int64_t(window.tiles.size()) * steps_of(window));
+    wanted_.spread(rows, bytes, (kStepsAsk ? kAsksOfFew : 1) * panels * int64_t(window.tiles.size()) * steps_of(window));
   }
 
   // The product of packed weights and a panel, tile by tile, while the wanted rows of the tile's tokens are asked for.
@@ -260,7 +260,7 @@ class Gate {
     };
     for (size_t i = 0; i < window.tiles.size(); ++i) {
       const Tile& tile = window.tiles[i];
-      wanted_.begin_tile(tile.first, tile.last);
+      wanted_.begin_tile(tile.first, tile.last, weights.steps[i]);
       multiply(kernel_for(tile.rows(), panel_.columns), weights, i, factor, y_, wanted_);
       wanted_.end_tile();
       if (i > 0) finish_tile(window.tiles[i - 1]);

@@ -114,13 +114,14 @@ struct Packed {
   std::vector<Run> runs;       // with room for more: `count` of them
   std::vector<E> weights;      // where the runs have theirs
   int32_t count = 0;
-  int64_t most_steps = 0;  // of a tile
+  std::vector<int32_t> steps;  // of each tile
+  int32_t most_steps = 0;
 
   int64_t tiles() const { return int64_t(begin.size()) - 1; }
   void clear() {  // but for the weights, which their packing writes anew
     begin.assign(1, 0);
-    count = 0;
-    most_steps = 0;
+    steps.clear();
+    count = most_steps = 0;
   }
   void add(int64_t at, int64_t row, int64_t steps, int64_t stride) {
     if (size_t(count) == runs.size()) runs.resize(2 * runs.size() + 64);
@@ -133,9 +134,10 @@ struct Packed {
   size_t bytes() const { return weights.size() * sizeof(E) + runs.size() * sizeof(Run); }
   Run* last_of_tile() { return count > begin.back() ? &runs[count - 1] : nullptr; }
   void end_tile() {  // which has a run at least
-    int64_t steps = 0;
-    for (int32_t run = begin.back(); run < count; ++run) steps += runs[run].count;
-    most_steps = std::max(most_steps, steps);
+    int32_t sum = 0;
+    for (int32_t run = begin.back(); run < count; ++run) sum += runs[run].count;
+    steps.push_back(sum);
+    most_steps = std::max(most_steps, sum);
     begin.push_back(count);
   }
 };
@@ -155,28 +157,27 @@ __attribute__((noinline)) void multiply_tile(const Run* run, const Run* last, co
     for (int v = 0; v < kVectors; ++v) sums[r][v] = Vec<A>{};
     if (kHalf) halves[r] = Vec<A, kLanes / 2>{};
   }
-  const E *operands = from + run->row, *weights = all_weights + run->at;
-  int32_t steps = run->count;
   Wanted::Queue queue = wanted.queue;
-  while (true) {
-    for (int i = 0; i < kAsks; ++i) queue.ask<(kAsks > 1)>();
-    Operands<E> vectors[kVectors];
-    for (int v = 0; v < kVectors; ++v) vectors[v] = Operands<E>(operands + v * kLanes);
-    for (int r = 0; r < kRows; ++r)
-      for (int v = 0; v < kVectors; ++v) sums[r][v] = vectors[v].times(weights[r], sums[r][v]);
-    if constexpr (kHalf) {
-      const auto half = load<E, kLanes / 2>(operands + kVectors * kLanes);
-      for (int r = 0; r < kRows; ++r) halves[r] += weights[r] * half;
-    }
-    operands += kPanel;
-    weights += run->stride;
-    if (--steps > 0) continue;
-    if (run == last) break;
-    ++run;
-    operands = from + run->row;
-    weights = all_weights + run->at;
-    steps = run->count;
-  }
+  do {
+    const E *operands = from + run->row, *weights = all_weights + run->at;
+    const int64_t stride = run->stride;
+    int32_t steps = run->count;
+    if constexpr (!kStepsAsk) queue.ask_for_run(steps);
+    do {
+      if constexpr (kStepsAsk)
+        for (int i = 0; i < kAsks; ++i) queue.ask<(kAsks > 1)>();
+      Operands<E> vectors[kVectors];
+      for (int v = 0; v < kVectors; ++v) vectors[v] = Operands<E>(operands + v * kLanes);
+      for (int r = 0; r < kRows; ++r)
+        for (int v = 0; v < kVectors; ++v) sums[r][v] = vectors[v].times(weights[r], sums[r][v]);
+      if constexpr (kHalf) {
+        const auto half = load<E, kLanes / 2>(operands + kVectors * kLanes);
+        for (int r = 0; r < kRows; ++r) halves[r] += weights[r] * half;
+      }
+      operands += kPanel;
+      weights += stride;
+    } while (--steps > 0);
+  } while (++run <= last);
   wanted.queue = queue;
   for (int r = 0; r < kRows; ++r, to += kPanel) {
     for (int v = 0; v < kVectors; ++v) store(to + v * kLanes, sums[r][v]);

@@ -7,6 +7,10 @@
 // be even: what is asked for faster than they fetch is dropped.
 // No include guard: every instruction set compiles this text anew, inside its own namespace and target options.
 
+// Whether each step asks: a step of AVX-512 takes 21 multiplications, beside which that hardly shows, one of the others 12
+// of half the length. There a run of steps asks for all of them.
+constexpr bool kStepsAsk = kVectorBytes == 64;
+
 class Wanted {
  public:
   // Lines to come, and when. Few instructions find one: a step has little time for them.
@@ -20,11 +24,11 @@ class Wanted {
         if (due_ < kOne) return;
         due_ -= kOne;
       }
-      if (lines_ == end_) return;
-      fetch(lines_->first + lines_->offset[at_]);
-      if (++at_ != last_) return;
-      at_ = first_;
-      ++lines_;
+      if (lines_ != end_) ask_for_one();
+    }
+    // As often as in so many steps, at an even pace.
+    __attribute__((always_inline)) void ask_for_run(int64_t steps) {
+      for (due_ += pace_ * steps; due_ >= kOne && lines_ != end_; due_ -= kOne) ask_for_one();
     }
     // Not inlined: it would slow down the loop over tiles.
     __attribute__((noinline)) void ask_for_the_rest() {
@@ -41,6 +45,13 @@ class Wanted {
       const int64_t* offset;
     };
     static constexpr int64_t kOne = 1 << 16;  // line
+
+    __attribute__((always_inline)) void ask_for_one() {
+      fetch(lines_->first + lines_->offset[at_]);
+      if (++at_ != last_) return;
+      at_ = first_;
+      ++lines_;
+    }
 
     // Intel's cores can wait for few lines on their way to the first-level cache, and what a product misses there is
     // among them: no farther than the second level, then.
@@ -79,8 +90,10 @@ class Wanted {
       for (const char* line = row - size_t(row) % kLine; line < end; line += kLine) add(line, map.offset);
     }
   }
-  void begin_tile(int64_t first, int64_t last) {
-    if (!spread_) ask_for(first, last);
+  void begin_tile(int64_t first, int64_t last, int64_t steps) {
+    if (spread_) return;
+    ask_for(first, last);
+    if (!kStepsAsk) keep_pace(int64_t(lines_.size()) * (last - first), steps);
   }
   void end_tile() {
     if (!spread_) queue.ask_for_the_rest();
@@ -96,7 +109,7 @@ class Wanted {
     while (int64_t(side_by_side_.size()) < count) side_by_side_.push_back(side_by_side_.size() * kLine);
     for (const void* address : addresses) add(static_cast<const char*>(address), side_by_side_);
     ask_for(0, count);
-    queue.pace_ = std::min(Queue::kOne, Queue::kOne * count * int64_t(addresses.size()) / times + 1);
+    keep_pace(count * int64_t(addresses.size()), times);
   }
 
  private:
@@ -112,6 +125,11 @@ class Wanted {
     queue.end_ = queue.lines_ + lines_.size();
     queue.at_ = queue.first_ = first;
     queue.last_ = last;
+  }
+
+  void keep_pace(int64_t lines, int64_t times) {
+    queue.pace_ = Queue::kOne * lines / times + 1;
+    queue.due_ = 0;
   }
 
   std::vector<Queue::Lines> lines_;
