@@ -7,7 +7,7 @@
 template <class A>
 struct PackingBuffers {
   std::vector<double> entries;
-  std::vector<A> peak, low_peak, row_peak;
+  std::vector<A> peak, low_peak, mirrored_limit;
 };
 
 // E: what the products multiply.
@@ -23,7 +23,10 @@ class Packing {
     packed.clear();
     packed.weights.clear();
     if (weights_.shared()) share_table<kRows>(packed);
-    if (!kRows) least_limit_ = *std::min_element(weights_.limit(), weights_.limit() + tokens);
+    if (!kRows) {
+      b_.mirrored_limit.resize(tokens + kLanes);
+      std::reverse_copy(weights_.limit(), weights_.limit() + tokens, b_.mirrored_limit.begin());
+    }
     for (const Tile& tile : window().tiles) {
       if (weights_.shared() && place[tile.last - 1] == place[tile.first] + tile.rows() - 1)
         pack_shared<kRows>(packed, tile);
@@ -36,6 +39,7 @@ class Packing {
 
  private:
   static constexpr int64_t kDepth = kDepthOf<E>;
+  static constexpr int kLanes = VectorOf<A>::kLanes;
 
   const Window& window() const { return weights_.window(); }
 
@@ -58,18 +62,15 @@ class Packing {
     find_peaks(entries, size);
   }
 
-  // The largest |entry| among as many from each one on as a tile has rows, or a lower one, and among those that a tile meets
-  // in a whole row of tokens.
+  // The largest |entry| among as many from each one on as a tile has rows, or a lower one.
   void find_peaks(const double* entries, int64_t size) {
-    b_.peak.resize(size + kDoubles);  // there is room for it
+    b_.peak.resize(size + kLanes);  // there is room for it
     for (size_t e = 0; e < b_.peak.size(); ++e)  // NaN is to be seen
       b_.peak[e] = A(entries[e] == entries[e] ? std::abs(entries[e]) : std::numeric_limits<double>::infinity());
     const int64_t rows = window().tiles.back().rows();  // no tile is higher
     widen_peaks(b_.peak, 1, rows - 1);
     b_.low_peak = b_.peak;
     widen_peaks(b_.peak, std::max<int64_t>(1, rows - 1), rows);
-    b_.row_peak = b_.peak;
-    widen_peaks(b_.row_peak, rows, rows - 1 + window().cls.box[2]);
   }
 
   // Each is the largest of `reach` entries from there on, and becomes the largest of `wanted`.
@@ -81,32 +82,36 @@ class Packing {
     }
   }
 
-  // A tile that finds its weights in the shared table. Of each row of the tokens that are summed over it takes what lies
-  // between the first and the last that count.
+  // A tile that finds its weights in the shared table. Of each row of the tokens that are summed over, or each 64 of them,
+  // it takes what lies between the first and the last that count.
   template <bool kRows>
   void pack_shared(Packed<E>& packed, const Tile& tile) const {
-    const int64_t *place = window().place.data(), length = window().cls.box[2];
+    const int64_t *place = window().place.data(), length = window().cls.box[2], tokens = window().tokens;
     const int64_t origin = weights_.centre() + place[tile.first];
-    const A* peak = (tile.rows() == window().tiles.back().rows() ? b_.peak : b_.low_peak).data();
-    const A *row_peak = b_.row_peak.data(), *limit = weights_.limit();
-    const A least = kRows ? *std::min_element(limit + tile.first, limit + tile.last) : least_limit_;
-    const auto counts = [&](int64_t k) { return peak[origin - place[k]] > (kRows ? least : limit[k]); };
-    for (int64_t row = 0; row < window().tokens; row += length) {
-      int64_t from = row, to = row + length;
-      if (!(row_peak[origin - place[to - 1]] > least)) continue;
-      while (from < to && !counts(from)) ++from;
-      if (from == to) continue;
-      while (!counts(to - 1)) --to;
-      // A pair of which one lies in another row has weights of its own.
-      int64_t step = from / kDepth, last = divide_up(to, kDepth);
-      if (step < divide_up(row, kDepth)) add_step<kRows>(packed, tile, step++);
-      const int64_t inner = std::min(last, (row + length) / kDepth);
-      for (int64_t count; step < inner; step += count) {
-        count = std::min<int64_t>(inner - step, kMostSteps);
-        packed.add(origin - place[step * kDepth], step * kPanelOf<A>, count, -kDepth);
+    const A* const peak = (tile.rows() == window().tiles.back().rows() ? b_.peak : b_.low_peak).data() + origin;
+    const A *const limit = weights_.limit(), *const mirrored_limit = b_.mirrored_limit.data() + tokens;
+    const auto least = fill<Vec<A>>(*std::min_element(limit + tile.first, limit + tile.last));
+    int64_t done = 0;  // steps
+    for (int64_t row = 0, end = length; row < tokens; row = end, end += length)
+      for (int64_t begin = row, count; begin < end; begin += count) {
+        count = std::min<int64_t>(64, end - begin);
+        // A bit for each, the last token's first. No branches: where runs end no processor foresees.
+        const int64_t first = begin + count;
+        uint64_t counts = 0;
+        for (int64_t i = 0; i < count; i += kLanes)
+          counts |= bits_of(load<A>(peak - place[first - 1] + i) > (kRows ? least : load<A>(mirrored_limit - first + i)))
+                    << i;
+        counts &= ~uint64_t(0) >> (64 - count);
+        if (counts == 0) continue;
+        const int64_t from = first - 64 + __builtin_clzll(counts), to = first - __builtin_ctzll(counts);
+        const int64_t last = divide_up(to, kDepth), inner = std::min(last, end / kDepth);
+        int64_t step = std::max(from / kDepth, done);
+        // A pair of which one lies in another row has weights of its own.
+        if (kDepth > 1 && step < divide_up(row, kDepth)) add_step<kRows>(packed, tile, step++);
+        if (step < inner) packed.add(origin - place[step * kDepth], step * kPanelOf<A>, inner - step, -kDepth);
+        if (kDepth > 1 && inner < last) add_step<kRows>(packed, tile, inner);
+        done = last;
       }
-      if (inner < last) add_step<kRows>(packed, tile, inner);
-    }
   }
 
   template <bool kRows>
@@ -152,5 +157,4 @@ class Packing {
   const int64_t table_size_;
   const Weights<A>& weights_;
   PackingBuffers<A>& b_;
-  A least_limit_ = 0;
 };

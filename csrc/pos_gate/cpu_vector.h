@@ -50,6 +50,16 @@ template <class V>
 inline V fill(ElementOf<V> a) {
   return a - V{};  // a minus zero is a, bit for bit; zero plus a is not, and would cost an addition
 }
+// Bit k: whether what was compared holds in lane k.
+template <class Ints>
+inline uint64_t bits_of(Ints compared) {
+#ifdef POSMLP_MASK_OF
+  if constexpr (sizeof(Ints) == kVectorBytes) return POSMLP_MASK_OF(compared, sizeof(compared[0]));
+#endif
+  uint64_t bits = 0;
+  for (int k = 0; k < int(sizeof(Ints) / sizeof(compared[0])); ++k) bits |= uint64_t(compared[k] & 1) << k;
+  return bits;
+}
 inline VectorOf<double>::ints lane_numbers() {
   VectorOf<double>::ints numbers;
   for (int i = 0; i < VectorOf<double>::kLanes; ++i) numbers[i] = i;
