@@ -2,8 +2,9 @@
 
 `F.linear` multiplies through MKL, which keeps to AVX2 on processors that are not Intel's, and copies the bias
 into the output first. oneDNN, which PyTorch also ships, uses AVX-512 on all of them, adds the bias (and what
-else is to be added) on the way out, and reads a second operand as it lies, transposed or not. In bfloat16
-`F.linear` asks oneDNN too, but for the bias and what else is to be added.
+else is to be added) on the way out, and reads a second operand as it lies, transposed or not. With AVX2 it is
+no faster than MKL but for that. In bfloat16 `F.linear` asks oneDNN too, but for the bias and what else is to
+be added.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ from .eager import is_eager_or_compiled_cpu
 _PAYS = (
     torch.backends.mkldnn.is_available()
     and hasattr(torch.ops.mkldnn, "_linear_pointwise")  # Inductor's, without a promise
-    and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 )
+# Whether it multiplies faster than MKL: gradients too, and weights by columns.
+_MULTIPLIES_FASTER = torch.backends.cpu.get_cpu_capability() == "AVX512"
 _PAYS_IN_BFLOAT16 = _PAYS and torch.cpu._is_amx_tile_supported()  # in inference
 # Beside which a copy of the weight by columns costs less than what oneDNN gains by it.
 _MANY_ROWS = 1024
@@ -34,8 +37,9 @@ class Linear(nn.Linear):
     """`[..., in_features] -> [..., out_features]`, on CPUs in less time than `nn.Linear` takes: in float32,
     and in inference in bfloat16 where there is AMX.
 
-    `plus`, of the output's shape, is added to it. In float32 on such a CPU the weight lies in memory by
-    columns, which oneDNN multiplies faster where x has few rows, and so does its gradient; by rows otherwise.
+    `plus`, of the output's shape, is added to it. In float32 where there is AVX-512 the weight lies in memory
+    by columns, which oneDNN multiplies faster where x has few rows, and so does its gradient; by rows
+    otherwise.
     Gradients of every order are right. What is neither an eager call on ordinary tensors nor traced by
     `torch.compile` meets `F.linear`.
     """
@@ -62,7 +66,7 @@ class Linear(nn.Linear):
         # Not what a parametrisation computes, what other processes see, or what must not be changed.
         if type(weight) is not nn.Parameter or weight.is_shared() or weight.is_inference() or not _PAYS:
             return
-        by_columns = weight.is_cpu and weight.dtype == torch.float32
+        by_columns = _MULTIPLIES_FASTER and weight.is_cpu and weight.dtype == torch.float32
         if not (weight.T if by_columns else weight).is_contiguous():
             data = weight.detach()
             weight.data = data.T.contiguous().T if by_columns else data.contiguous()
@@ -104,7 +108,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, plus: Tensor 
         return torch.ops.posmlp.linear(x, weight, bias, plus)
     if weight.dtype != torch.float32:
         weight = weight.contiguous()  # as it is, unless somebody put in one of their own
-    elif weight.is_contiguous() and x.numel() >= _MANY_ROWS * x.shape[-1]:
+    elif _MULTIPLIES_FASTER and weight.is_contiguous() and x.numel() >= _MANY_ROWS * x.shape[-1]:
         weight = transposed(weight).T
     if plus is not None:
         return torch.ops.mkldnn._linear_pointwise.binary(x, plus, weight, bias, "add")
@@ -125,7 +129,7 @@ class _OneDNNLinear(torch.autograd.Function):
         x, dy = x.contiguous(), dy.contiguous()
         rows, drows = x.flatten(0, -2), dy.flatten(0, -2)  # [M, K], [M, N]
         dweight = dbias = None
-        if torch.is_grad_enabled():  # somebody wants gradients of the gradients
+        if torch.is_grad_enabled() or not _MULTIPLIES_FASTER:  # the first, for gradients of gradients
             dx, dweight, dbias = dy @ weight, drows.T @ rows, drows.sum(0)
         else:
             dx = product(dy, weight.T) if needs_x else None
