@@ -23,19 +23,19 @@ struct Tile {
   int64_t rows() const { return last - first; }
 };
 
-// The tiles of a window, of equal height or one less. They keep to the tokens of a row where these are enough: those
-// lie side by side in the table too.
+// The tiles of a window. If they may shrink, a row of tokens has tiles of its own, the last of them the highest and none
+// lower by more than one: its tokens lie side by side in the table too. Rows of very few are cut as if they were one.
 inline std::vector<Tile> tiles_of(const WindowClass& cls) {
-  constexpr bool kVary = kLeastRows < kTileRows;
-  const int64_t tokens = cls.tokens(), row = kVary && cls.box[2] >= kLeastRows ? cls.box[2] : tokens;
-  const int64_t count = divide_up(row, kTileRows);
+  const int64_t tokens = cls.tokens();
   std::vector<Tile> tiles;
+  if (kLeastRows == kTileRows) {
+    for (int64_t first = 0; first < tokens; first += kTileRows)
+      tiles.push_back({first, std::min(tokens, first + kTileRows)});
+    return tiles;
+  }
+  const int64_t row = cls.box[2] >= kLeastRows ? cls.box[2] : tokens, count = divide_up(row, kTileRows);
   for (int64_t begin = 0; begin < tokens; begin += row)
-    for (int64_t k = 0; k < count; ++k)
-      if (kVary)
-        tiles.push_back({begin + row * k / count, begin + row * (k + 1) / count});
-      else
-        tiles.push_back({kTileRows * k, std::min(tokens, kTileRows * (k + 1))});
+    for (int64_t k = 0; k < count; ++k) tiles.push_back({begin + row * k / count, begin + row * (k + 1) / count});
   return tiles;
 }
 

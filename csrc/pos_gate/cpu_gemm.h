@@ -1,9 +1,10 @@
 // The three matrix products of the gate, as register tiles.
 //
-// A tile of kTileRows x (kTileVectors vectors) of the result stays in registers while the sum runs: per step it loads
-// kTileVectors vectors, broadcasts kTileRows values, and issues their product of fused multiply-adds. With AVX-512 that
-// is 7 x 3: 21 accumulators, 10 loads for 21 multiply-adds, and neither windows of 7 and 14 nor groups of 12, 24, 32 or
-// 48 channels leave a remainder. A sum's order is that of its steps, so results do not depend on how the work is cut.
+// A tile of up to kTileRows x (kTileVectors vectors) of the result stays in registers while the sum runs: per step it
+// loads kTileVectors vectors, broadcasts a value for each row, and issues their product of fused multiply-adds. With
+// AVX-512 that is 7 x 3: 21 accumulators, 10 loads for 21 multiply-adds, and neither windows of 7 and 14 nor groups of 12,
+// 24, 32 or 48 channels leave a remainder. With AVX2 it is 4 x 3 and 3 x 3, which together make 7. A sum's order is that
+// of its steps, so results do not depend on how the work is cut.
 //
 // What is multiplied are numbers of the accumulation type or, where the processor multiplies bfloat16, pairs of it: two
 // numbers that follow each other in the sum, here called a step, in the place of one.
@@ -98,15 +99,15 @@ constexpr int kStepsAtOnce = 16;  // of one instruction; where a sum has fewer, 
 constexpr int kStepsAtOnce = 1;
 #endif
 
-// Steps of a tile that follow each other, at most kMostSteps: the panel's from `row` on, with kTileRows weights each,
-// `stride` apart.
+// Steps of a tile that follow each other, at most kMostSteps: the panel's from `row` on, with a weight for each of the
+// tile's rows, `stride` apart.
 struct Run {
   int64_t at;            // where `weights` has the first step's
   int32_t row;           // first step * kPanel: where the multiplied panel has it
   int32_t count, stride;
 };
 
-// P or its transpose, cut into tiles of kTileRows rows. Only what matters is there: for each tile the steps in which any
+// P or its transpose, cut into tiles. Only what matters is there: for each tile the steps in which any
 // of its rows has a weight worth adding.
 template <class E>
 struct Packed {
@@ -186,7 +187,8 @@ __attribute__((noinline)) void multiply_tile(const Run* run, const Run* last, co
 }
 #endif
 
-// That for a tile's rows, and as many vectors as the columns take. Half a vector is half the work where AVX-512 is done in halves.
+// That for a tile's rows, and as many vectors as the columns take. Half a vector is half the work where AVX-512 is done
+// in halves.
 template <class A, class E>
 using Multiply = void (*)(const Run*, const Run*, const E*, const E*, A*, Wanted&);
 template <class A, class E, int kAsks, int kRows = kTileRows>

@@ -7,8 +7,8 @@
 // be even: what is asked for faster than they fetch is dropped.
 // No include guard: every instruction set compiles this text anew, inside its own namespace and target options.
 
-// Whether each step asks: a step of AVX-512 takes 21 multiplications, beside which that hardly shows, one of the others 12
-// of half the length. There a run of steps asks for all of them.
+// Whether each step asks. A step of AVX-512 takes 21 multiplications, beside which that hardly shows. The others' takes 12
+// at most, of which a core does two a cycle; there a run of steps asks at once.
 constexpr bool kStepsAsk = kVectorBytes == 64;
 
 class Wanted {

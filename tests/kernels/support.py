@@ -60,9 +60,11 @@ def over_backends(without: Iterable[str] = (), interpreter: bool = True) -> pyte
     return pytest.mark.parametrize("backend", [_parameter(name, id=name) for name in names])
 
 
-def seeds_of(backend: str) -> range:
-    """The draws over which errors are averaged: few where each takes seconds."""
-    return range(2 if interpreted(backend) else 16)
+def seeds_of(backend: str, case: Case | None = None) -> range:
+    """The draws over which errors are averaged: few where each takes seconds, but more where few entries of a
+    table count, with which the largest error varies most."""
+    few = 6 if case and case.table == "far" else 2
+    return range(few if interpreted(backend) else 16)
 
 
 def strided_case(backend: str) -> Case:

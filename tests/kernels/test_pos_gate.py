@@ -36,7 +36,7 @@ from posmlp_kernels.testing import (
 
 
 def assert_case_no_worse(backend, case, dtype, parameter_dtype=None):
-    gate, seeds = partial(run, backend=backend), seeds_of(backend)
+    gate, seeds = partial(run, backend=backend), seeds_of(backend, case)
     return assert_gate_no_worse(gate, case, dtype, device_of(backend), parameter_dtype, seeds)
 
 

@@ -29,6 +29,15 @@ needs_bfloat16 = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(autouse=True)
+def faster(monkeypatch, request):
+    """As where there is AVX-512, where oneDNN multiplies for gradients too, unless a test asks for both ways."""
+    monkeypatch.setattr(module, "_MULTIPLIES_FASTER", getattr(request, "param", True))
+
+
+both_ways = pytest.mark.parametrize("faster", [True, False], ids=["avx512", "avx2"], indirect=True)
+
+
 @pytest.fixture
 def products(monkeypatch):
     """A list that grows with every product by oneDNN."""
@@ -47,6 +56,7 @@ def values(layer, x, call=None):
     return dict(zip(["y", "x", *parameters], [y.detach(), *gradients], strict=True))
 
 
+@both_ways
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("shape", "width"), SHAPES)
 def test_no_worse_than_f_linear(shape, width, bias):
@@ -330,6 +340,18 @@ def test_a_weight_is_laid_out_anew_for_another_dtype_or_device():
     torch.testing.assert_close(layer.weight.detach(), values, rtol=1e-2, atol=1e-2)
     assert Linear(6, 9, device="meta").weight.stride() == rows
     assert Linear(6, 9, device="meta").to_empty(device="cpu").weight.stride() == columns
+
+
+@needs_onednn
+@pytest.mark.parametrize("faster", [False], ids=["avx2"], indirect=True)
+def test_without_avx512_onednn_serves_the_forward_alone(products):
+    layer, x, plus = Linear(6, 9), torch.randn(5, 6), torch.randn(5, 9)
+    y = layer(x, plus)
+    assert len(products) == 1 and layer.weight.is_contiguous()
+    y.sum().backward()
+    assert len(products) == 1 and layer.weight.grad.is_contiguous()
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x, plus), F.linear(x, layer.weight, layer.bias) + plus)
 
 
 def test_a_shared_weight_stays_where_it_is():
