@@ -11,6 +11,7 @@ namespace {
 
 constexpr int64_t kUnits = 64;             // of a backward: enough to keep many cores busy
 constexpr int64_t kFewColumns = 384;       // the fewest for which packing P costs little beside its use
+constexpr int64_t kFewClasses = 4;         // of windows: packing P for so many costs little too
 constexpr int64_t kPanelColumns = 48;      // the widest panel's
 constexpr int64_t kNearBytes = 160 << 10;  // of x: of shares so large the second-level cache holds two
 constexpr int64_t kNormBlocks = 64;
@@ -32,11 +33,13 @@ int64_t columns_of_group(const Shape& shape) {
 
 // Of a forward, whose results do not depend on it. A thread packs P of a group once, whatever the number of shares. They
 // are as small as the caches like them, for the groups' channels lie in the same cache lines. But where there are few
-// columns, a thread had better keep to some of the groups, if these can be dealt out evenly.
+// columns, or classes of windows for each of which P is packed, a thread had better keep to some of the groups, if these
+// can be dealt out evenly.
 int64_t forward_splits(const Shape& shape, int64_t bytes, int64_t threads) {
   const int64_t columns = columns_of_group(shape), busy = divide_up(4 * threads, shape.groups);
   if (!keeps_groups(shape)) return std::clamp<int64_t>(columns / (2 * kFewColumns), 1, busy);
-  if (columns >= kFewColumns * threads) {
+  const int64_t classes = int64_t(window_classes(shape).size());
+  if (columns >= kFewColumns * threads * divide_up(classes, kFewClasses)) {
     const int64_t panels = divide_up(columns, kPanelColumns), near = std::max<int64_t>(1, kNearBytes * panels / bytes);
     return std::clamp<int64_t>(divide_up(panels, near), busy, panels);
   }
