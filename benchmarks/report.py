@@ -35,14 +35,14 @@ MODEL_NAMES = {
 
 def load(name: str) -> dict:
     """One of the committed results: "cpu", "cpu_bf16" (the gate), "cpu_models" or "cpu_compiled", or the same
-    of another processor, "xeon" and so on."""
+    of another processor, "xeon" and so on; "avx2" has neither "_bf16" nor "_compiled"."""
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
 def load_cpu() -> dict[str, dict]:
     """The CPU's results by their names."""
-    kinds = ("", "_bf16", "_models", "_compiled")
-    return {name: load(name) for name in (of + kind for of in ("cpu", "xeon") for kind in kinds)}
+    all_kinds = [of + kind for of in ("cpu", "xeon") for kind in ("", "_bf16", "_models", "_compiled")]
+    return {name: load(name) for name in (*all_kinds, "avx2", "avx2_models")}
 
 
 def fill(text: str, cpu: dict[str, dict], runs: list[dict]) -> str:
@@ -61,6 +61,7 @@ def fill(text: str, cpu: dict[str, dict], runs: list[dict]) -> str:
         "ceilings": lambda: ceiling_table(gate),
         "targets": lambda: targets_of(cpu, "cpu"),
         "targets_xeon": lambda: targets_of(cpu, "xeon"),
+        "targets_avx2": lambda: targets_of(cpu, "avx2"),
         "bfloat16_xeon": lambda: half_table(cpu["xeon_bf16"], cpu["xeon"]),
         "gpu": lambda: summary_of(runs),
         "gpu_details": lambda: details_of(runs),
@@ -200,9 +201,11 @@ def ceiling_table(results: dict) -> str:
 
 
 def targets_of(cpu: dict[str, dict], processor: str) -> str:
-    """All targets of a processor."""
-    gate, models, compiled = (cpu[processor + kind] for kind in ("", "_models", "_compiled"))
-    rows = [*gate_targets(gate), *model_targets(models), *compiled_targets(compiled)]
+    """All targets of a processor that were measured."""
+    gate, models = cpu[processor], cpu[f"{processor}_models"]
+    rows = [*gate_targets(gate), *model_targets(models)]
+    if f"{processor}_compiled" in cpu:
+        rows += compiled_targets(cpu[f"{processor}_compiled"])
     return conditions(gate) + target_table(rows)
 
 
