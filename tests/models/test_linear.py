@@ -31,7 +31,7 @@ needs_bfloat16 = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def faster(monkeypatch, request):
-    """As where there is AVX-512, where oneDNN multiplies for gradients too, unless a test asks for both ways."""
+    """As with AVX-512, where oneDNN multiplies for gradients too, unless a test asks for both ways."""
     monkeypatch.setattr(module, "_MULTIPLIES_FASTER", getattr(request, "param", True))
 
 
