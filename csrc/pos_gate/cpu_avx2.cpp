@@ -6,8 +6,9 @@
 #include "cpu_includes.h"
 
 #define POSMLP_F16C  // conversions of float16
-// The lanes' signs as bits of an integer.
-#define POSMLP_MASK_OF(v, bytes) uint64_t((bytes) == 4 ? _mm256_movemask_ps((__m256)(v)) : _mm256_movemask_pd((__m256d)(v)))
+// The lanes' signs as bits of an integer, of lanes of 4 or 8 bytes.
+#define POSMLP_MASK_OF(v, bytes) \
+  uint64_t((bytes) == 4 ? _mm256_movemask_ps((__m256)(v)) : _mm256_movemask_pd((__m256d)(v)))
 
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)

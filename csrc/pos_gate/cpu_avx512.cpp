@@ -5,7 +5,9 @@
 
 #include "cpu_includes.h"
 
-#define POSMLP_MASK_OF(v, bytes) uint64_t((bytes) == 4 ? _mm512_movepi32_mask((__m512i)(v)) : _mm512_movepi64_mask((__m512i)(v)))  // lanes' signs
+// The lanes' signs as bits of an integer, of lanes of 4 or 8 bytes.
+#define POSMLP_MASK_OF(v, bytes) \
+  uint64_t((bytes) == 4 ? _mm512_movepi32_mask((__m512i)(v)) : _mm512_movepi64_mask((__m512i)(v)))
 #define POSMLP_F16C    // conversions of float16
 #define POSMLP_LOOKUP  // in a table of 16 numbers
 

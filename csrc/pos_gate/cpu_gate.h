@@ -21,7 +21,7 @@ class Gate {
   static constexpr int kLanes = VectorOf<A>::kLanes;
   static constexpr int64_t kPanel = kPanelOf<A>, kTile = kTileRows * kPanel;
   static constexpr bool kIsPaired = kDepthOf<E> == 2;
-  static constexpr int kAsksOfFew = 2;  // lines that a step may ask for where a sum has few
+  static constexpr int kAsksOfFew = kStepsAsk ? 2 : 1;  // lines that a step may ask for where a sum has few
   static constexpr int64_t kPanels = std::max<int64_t>(1, 96 / kPanel);  // that dP takes at once
 
   explicit Gate(const Call& call)
@@ -239,7 +239,7 @@ class Gate {
       }
     }
     const int64_t panels = divide_up(end - begin, kPanel) * shape_.groups;
-    wanted_.spread(rows, bytes, (kStepsAsk ? kAsksOfFew : 1) * panels * int64_t(window.tiles.size()) * steps_of(window));
+    wanted_.spread(rows, bytes, kAsksOfFew * panels * int64_t(window.tiles.size()) * steps_of(window));
   }
 
   // The product of packed weights and a panel, tile by tile, while the wanted rows of the tile's tokens are asked for.

@@ -107,8 +107,8 @@ struct Run {
   int32_t count, stride;
 };
 
-// P or its transpose, cut into tiles. Only what matters is there: for each tile the steps in which any
-// of its rows has a weight worth adding.
+// P or its transpose, cut into tiles. Only what matters is there: for each tile the steps in which any of its rows has a
+// weight worth adding.
 template <class E>
 struct Packed {
   std::vector<int32_t> begin;  // [tiles + 1], into `runs`
@@ -199,8 +199,10 @@ inline Multiply<A, E> multiply_for(int64_t rows, int64_t columns) {
   constexpr bool kHalves = kVectorBytes == 64 && kDepthOf<E> == 1;
   const int64_t vectors = divide_up(columns, kLanes);
   const bool half = kHalves && (columns - 1) % kLanes < kLanes / 2;
-  if (vectors == 3) return half ? multiply_tile<A, E, kAsks, kRows, 2, kHalves> : multiply_tile<A, E, kAsks, kRows, 3, false>;
-  if (vectors == 2) return half ? multiply_tile<A, E, kAsks, kRows, 1, kHalves> : multiply_tile<A, E, kAsks, kRows, 2, false>;
+  if (vectors == 3 && half) return multiply_tile<A, E, kAsks, kRows, 2, kHalves>;
+  if (vectors == 3) return multiply_tile<A, E, kAsks, kRows, 3, false>;
+  if (vectors == 2 && half) return multiply_tile<A, E, kAsks, kRows, 1, kHalves>;
+  if (vectors == 2) return multiply_tile<A, E, kAsks, kRows, 2, false>;
   return multiply_tile<A, E, kAsks, kRows, 1, false>;
 }
 static_assert(kTileVectors == 3);

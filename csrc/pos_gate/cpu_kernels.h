@@ -1,7 +1,6 @@
 // The kernels of one instruction set. The including file sets the target options, defines the constants kVectorBytes,
 // kTileRows and kTileVectors of the micro-kernel, and kLeastRows, to which a tile may shrink, and names the table of what
-// this makes;
-// everything below has internal linkage, so that no two instruction sets share a function.
+// this makes; everything below has internal linkage, so that no two instruction sets share a function.
 
 namespace {
 

@@ -89,7 +89,7 @@ class Packing {
     const int64_t *place = window().place.data(), length = window().cls.box[2], tokens = window().tokens;
     const int64_t origin = weights_.centre() + place[tile.first];
     const A* const peak = (tile.rows() == window().tiles.back().rows() ? b_.peak : b_.low_peak).data() + origin;
-    const A *const limit = weights_.limit(), *const mirrored_limit = b_.mirrored_limit.data() + tokens;
+    const A *const limit = weights_.limit(), *const mirrored_limit = b_.mirrored_limit.data() + (kRows ? 0 : tokens);
     const auto least = fill<Vec<A>>(*std::min_element(limit + tile.first, limit + tile.last));
     int64_t done = 0;  // steps
     for (int64_t row = 0, end = length; row < tokens; row = end, end += length)
