@@ -1,5 +1,5 @@
-// The CPU kernels against the definition of the gate, on every instruction set of this processor, without torch: small
-// enough to run under the sanitizers. Buffers are allocated one by one and exactly, so that a stray access is caught.
+// The CPU kernels against the definition of the gate, on every instruction set of this processor and with AVX-512's tiles
+// on all, without torch: small enough to run under the sanitizers. Buffers are allocated one by one and exactly, so that a stray access is caught.
 // With POSMLP_AMX_EMULATED the kernels for tile registers run on registers in software.
 #include <algorithm>
 #include <cmath>
@@ -12,6 +12,7 @@
 
 #include "cpu.h"
 #include "problems.h"
+#include "wide_kernels.h"
 
 using namespace posmlp;
 using namespace posmlp::cpu;
@@ -181,7 +182,8 @@ int main(int argc, char** argv) {
   const uint64_t first = argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 0;
   const double seconds = argc > 2 ? std::atof(argv[2]) : 0;
   const std::time_t start = std::time(nullptr);
-  const auto all = kernels_of_this_processor();
+  auto all = kernels_of_this_processor();
+  all.push_back(&kWide);
   int passed = 0, failed = 0;
   for (uint64_t seed = first; seconds > 0 ? std::difftime(std::time(nullptr), start) < seconds : seed < first + 60; ++seed)
     for (const Kernels* kernels : all) {
