@@ -95,10 +95,10 @@ Tensor forward(const Tensor& x, const MaybeTensor& table, const MaybeTensor& bia
                const MaybeTensor& norm_weight, const MaybeTensor& norm_bias, const Sizes& window, const Sizes& shift,
                bool softmax, int64_t activation, double eps) {
   const Arguments a(x, table, bias, matrix, norm_weight, norm_bias, window, shift, softmax, activation, eps);
+  Tensor z = torch::stable::new_empty(a.x, a.z_sizes());
+  if (z.numel() == 0) return z;  // there are no windows
   const int64_t threads = torch::stable::get_num_threads(), bytes = x.numel() * x.element_size();
   Call call = call_of(a, forward_splits(a.shape, bytes, threads));
-  Tensor z = torch::stable::new_empty(a.x, a.z_sizes());
-  if (z.numel() == 0) return z;
   const Kernels& kernels = choose_kernels();
   call.streams = streams(a, bytes, call.splits);
   call.z = z.mutable_data_ptr();
