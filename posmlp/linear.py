@@ -130,7 +130,9 @@ class _OneDNNLinear(torch.autograd.Function):
         rows, drows = x.flatten(0, -2), dy.flatten(0, -2)  # [M, K], [M, N]
         dweight = dbias = None
         if torch.is_grad_enabled() or not _MULTIPLIES_FASTER:  # the first, for gradients of gradients
-            dx, dweight, dbias = dy @ weight, drows.T @ rows, drows.sum(0)
+            dx = dy @ weight if needs_x else None
+            dweight = drows.T @ rows if needs_weight else None
+            dbias = drows.sum(0) if needs_bias else None
         else:
             dx = product(dy, weight.T) if needs_x else None
             if needs_weight:

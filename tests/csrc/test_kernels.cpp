@@ -1,6 +1,6 @@
 // The CPU kernels against the definition of the gate, on every instruction set of this processor and with AVX-512's tiles
-// on all, without torch: small enough to run under the sanitizers. Buffers are allocated one by one and exactly, so that a stray access is caught.
-// With POSMLP_AMX_EMULATED the kernels for tile registers run on registers in software.
+// on all, without torch: small enough to run under the sanitizers. Buffers are allocated one by one and exactly, so that a
+// stray access is caught. With POSMLP_AMX_EMULATED the kernels for tile registers run on registers in software.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>

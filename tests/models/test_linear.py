@@ -344,14 +344,17 @@ def test_a_weight_is_laid_out_anew_for_another_dtype_or_device():
 
 @needs_onednn
 @pytest.mark.parametrize("faster", [False], ids=["avx2"], indirect=True)
-def test_without_avx512_onednn_serves_the_forward_alone(products):
-    layer, x, plus = Linear(6, 9), torch.randn(5, 6), torch.randn(5, 9)
+@pytest.mark.parametrize("frozen", [None, "weight"])
+def test_without_avx512_onednn_serves_the_forward_alone(frozen, products):
+    layer, x, plus = Linear(6, 9), torch.randn(5, 6, requires_grad=True), torch.randn(5, 9)
+    layer.weight.requires_grad_(frozen is None)
     y = layer(x, plus)
+    with FlopCounterMode(display=False) as counter:
+        y.sum().backward()
     assert len(products) == 1 and layer.weight.is_contiguous()
-    y.sum().backward()
-    assert len(products) == 1 and layer.weight.grad.is_contiguous()
-    with torch.no_grad():
-        torch.testing.assert_close(layer(x, plus), F.linear(x, layer.weight, layer.bias) + plus)
+    assert frozen or layer.weight.grad.is_contiguous()
+    assert counter.get_total_flops() == 2 * 5 * 6 * 9 * (1 if frozen else 2)  # what is wanted, no more
+    torch.testing.assert_close(y, F.linear(x, layer.weight, layer.bias) + plus)
 
 
 def test_a_shared_weight_stays_where_it_is():
