@@ -10,7 +10,6 @@
 #endif
 
 #define POSMLP_F16C      // conversions of float16
-#define POSMLP_LOOKUP    // in a table of 16 numbers
 #define POSMLP_BF16_DOT  // products and conversions of bfloat16
 #define POSMLP_AMX       // products of tiles of bfloat16
 

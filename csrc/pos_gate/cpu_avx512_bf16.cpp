@@ -9,7 +9,6 @@
 #define POSMLP_MASK_OF(v, bytes) \
   uint64_t((bytes) == 4 ? _mm512_movepi32_mask((__m512i)(v)) : _mm512_movepi64_mask((__m512i)(v)))
 #define POSMLP_F16C      // conversions of float16
-#define POSMLP_LOOKUP    // in a table of 16 numbers
 #define POSMLP_BF16_DOT  // products and conversions of bfloat16
 
 #ifdef __clang__
