@@ -36,14 +36,21 @@ struct Call {
   void *dtable_parts, *dmatrix_parts, *dbias_parts;      // [splits x groups, ...], null if not wanted
   void *dnorm_weight_parts, *dnorm_bias_parts;           // [norm_blocks, C]
   int64_t splits;                                        // shares of a group's columns
+  int64_t blocks;                                        // of groups
   bool streams;                                          // whether a forward asks for them as a whole
   int64_t norm_blocks;
 
+  // Work is cut into units, a group and a share of its columns: block by block, and of a block the groups of one share
+  // after the other. Where sums cross units all of that is fixed by the shape and never by the number of threads, so that
+  // sums come out the same for any number of threads, and all groups are one block.
   int64_t units() const { return shape.groups * splits; }
+  int64_t block_groups() const { return shape.groups / blocks; }
+  int64_t share_of(int64_t unit) const { return unit / block_groups() % splits; }
+  int64_t group_of(int64_t unit) const {
+    return unit / (splits * block_groups()) * block_groups() + unit % block_groups();
+  }
 };
 
-// Work is cut into units (split of the columns, group). Where sums cross them their number is fixed by the shape and never
-// by the number of threads, so that sums come out the same for any number of threads.
 struct Kernels {
   const char* name;
   void (*statistics)(const Call&, int64_t first_token, int64_t last_token);

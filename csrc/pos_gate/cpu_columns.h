@@ -114,21 +114,20 @@ class Columns {
     }
   }
 
-  // Calls `work(index)` for each panel of the units' columns, one group after the other, when it is `now`, and the one
+  // Calls `work(index)` for each panel of the units' columns, one unit after the other, when it is `now`, and the one
   // after it `next`. Returns how many there are.
   template <class Work>
   int64_t for_each_panel(const Window& window, int64_t first_unit, int64_t last_unit, Panel& now, Panel& next,
                          Work&& work) const {
-    const int64_t groups = shape_.groups;
-    int64_t unit = first_unit, from = first(window, unit / groups);
+    int64_t unit = first_unit, from = first(window, call_.share_of(unit));
     const auto find_next = [&] {
-      while (unit < last_unit && from == first(window, unit / groups + 1)) {
+      while (unit < last_unit && from == first(window, call_.share_of(unit) + 1)) {
         ++unit;
-        from = first(window, unit / groups);
+        from = first(window, call_.share_of(unit));
       }
-      next.columns = unit < last_unit ? std::min(width_, first(window, unit / groups + 1) - from) : 0;
-      next.share = unit / groups;
-      next.group = unit % groups;
+      next.share = call_.share_of(unit);
+      next.group = call_.group_of(unit);
+      next.columns = unit < last_unit ? std::min(width_, first(window, next.share + 1) - from) : 0;
       find(window, from, next);
       from += next.columns;
     };

@@ -224,7 +224,7 @@ class Gate {
   // All rows of as many columns as are at hand, of those that follow: of each row of tokens X1 and X2, and Z.
   void ask_for_next_share(const Window& window, int64_t last_unit) {
     const int64_t begin = columns_.first(window, panel_.share), end = columns_.first(window, panel_.share + 1);
-    const int64_t last = columns_.first(window, divide_up(last_unit, shape_.groups));
+    const int64_t last = columns_.first(window, call_.share_of(last_unit - 1) + 1);
     Panel next;
     next.columns = std::min(end - begin, last - end);
     columns_.find(window, end, next);

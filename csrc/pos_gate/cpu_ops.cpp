@@ -31,26 +31,30 @@ int64_t columns_of_group(const Shape& shape) {
   return divide_up(shape.batch * shape.map_tokens(), shape.window_tokens()) * shape.group_channels();
 }
 
+struct Division {
+  int64_t splits, blocks;
+};
+
 // Of a forward, whose results do not depend on it. A thread packs P of a group once, whatever the number of shares. They
-// are as small as the caches like them, for the groups' channels lie in the same cache lines. But where there are few
-// columns, or classes of windows for each of which P is packed, a thread had better keep to some of the groups, if these
-// can be dealt out evenly.
-int64_t forward_splits(const Shape& shape, int64_t bytes, int64_t threads) {
+// are as small as the caches like them, for the groups' channels lie in the same cache lines and pages. But where there
+// are few columns, or classes of windows for each of which P is packed, a thread had better keep to a block of the groups,
+// if these can be dealt out evenly.
+Division forward_division(const Shape& shape, int64_t bytes, int64_t threads) {
   const int64_t columns = columns_of_group(shape), busy = divide_up(4 * threads, shape.groups);
-  if (!keeps_groups(shape)) return std::clamp<int64_t>(columns / (2 * kFewColumns), 1, busy);
+  if (!keeps_groups(shape)) return {std::clamp<int64_t>(columns / (2 * kFewColumns), 1, busy), 1};
   const int64_t classes = int64_t(window_classes(shape).size());
-  if (columns >= kFewColumns * threads * divide_up(classes, kFewClasses)) {
-    const int64_t panels = divide_up(columns, kPanelColumns), near = std::max<int64_t>(1, kNearBytes * panels / bytes);
-    return std::clamp<int64_t>(divide_up(panels, near), busy, panels);
-  }
-  return std::clamp<int64_t>(columns / (4 * kPanelColumns), 1, shape.groups % threads == 0 ? 1 : busy);
+  const bool few = columns < kFewColumns * threads * divide_up(classes, kFewClasses);
+  if (few && shape.groups % threads != 0) return {std::clamp<int64_t>(columns / (4 * kPanelColumns), 1, busy), 1};
+  const int64_t panels = divide_up(columns, kPanelColumns), near = std::max<int64_t>(1, kNearBytes * panels / bytes);
+  return {std::clamp<int64_t>(divide_up(panels, near), few ? 1 : busy, panels), few ? threads : 1};
 }
 
 // Whether a forward asks for whole shares ahead: where they are near, tokens lie side by side, and a small window leaves it
 // waiting for memory. In half precision there is less to wait for.
-bool streams(const Arguments& a, int64_t bytes, int64_t splits) {
+bool streams(const Arguments& a, int64_t bytes, const Division& division) {
   constexpr int64_t kFewTokens = 64;
-  return splits > 1 && bytes <= kNearBytes * splits && a.shape.window_tokens() <= kFewTokens && a.x.element_size() >= 4 &&
+  return division.blocks == 1 && division.splits > 1 && bytes <= kNearBytes * division.splits &&
+         a.shape.window_tokens() <= kFewTokens && a.x.element_size() >= 4 &&
          view_of(a.x).map[kRank - 1] == 2 * a.shape.channels;
 }
 
@@ -59,7 +63,7 @@ int64_t backward_splits(const Shape& shape) {
   return std::clamp<int64_t>(columns_of_group(shape) / (2 * kFewColumns), 1, divide_up(kUnits, shape.groups));
 }
 
-Call call_of(const Arguments& a, int64_t splits) {
+Call call_of(const Arguments& a, const Division& division) {
   Call call{};
   call.shape = a.shape;
   call.storage = storage_of(a.x.scalar_type());
@@ -74,7 +78,8 @@ Call call_of(const Arguments& a, int64_t splits) {
   call.matrix_per_group = a.matrix_per_group;
   call.norm_weight = a.data(a.norm_weight);
   call.norm_bias = a.data(a.norm_bias);
-  call.splits = splits;
+  call.splits = division.splits;
+  call.blocks = division.blocks;
   call.norm_blocks = std::clamp<int64_t>(a.shape.batch * a.shape.map_tokens(), 1, kNormBlocks);
   return call;
 }
@@ -98,9 +103,10 @@ Tensor forward(const Tensor& x, const MaybeTensor& table, const MaybeTensor& bia
   Tensor z = torch::stable::new_empty(a.x, a.z_sizes());
   if (z.numel() == 0) return z;  // there are no windows
   const int64_t threads = torch::stable::get_num_threads(), bytes = x.numel() * x.element_size();
-  Call call = call_of(a, forward_splits(a.shape, bytes, threads));
+  const Division division = forward_division(a.shape, bytes, threads);
+  Call call = call_of(a, division);
   const Kernels& kernels = choose_kernels();
-  call.streams = streams(a, bytes, call.splits);
+  call.streams = streams(a, bytes, division);
   call.z = z.mutable_data_ptr();
   const Tensor statistics = norm_statistics(a, call, kernels);
   torch::stable::parallel_for(0, call.units(), 1,
@@ -125,7 +131,7 @@ Gradients backward(const Tensor& dz, const Tensor& x, const MaybeTensor& table, 
                    const Sizes& window, const Sizes& shift, bool softmax, int64_t activation, double eps,
                    bool mixing_grad) {
   const Arguments a(x, table, bias, matrix, norm_weight, norm_bias, window, shift, softmax, activation, eps);
-  Call call = call_of(a, backward_splits(a.shape));
+  Call call = call_of(a, {backward_splits(a.shape), 1});
   const Shape& shape = call.shape;
   const int64_t n = shape.window_tokens(), part_count = call.units();
   const Tensor gradient = a.gradient(dz);

@@ -63,6 +63,7 @@ Results<A> run(const Problem<A>& p, Storage storage, const Kernels& kernels, int
   call.bias = p.has_bias ? p.bias.data() : nullptr;
   call.splits = splits;
   call.streams = splits > 1;
+  call.blocks = splits == 2 ? s.groups : 1;
   call.norm_blocks = std::min<int64_t>(tokens, 3);
   if (p.has_norm) {
     call.norm_weight = p.norm_weight.data();
@@ -80,6 +81,7 @@ Results<A> run(const Problem<A>& p, Storage storage, const Kernels& kernels, int
     values.resize(wanted ? count : 0);
     return wanted ? values.data() : nullptr;
   };
+  call.blocks = 1;
   call.dx = dx.data();
   call.dz = dz.data();
   call.dz_view = s.contiguous(s.channels);
