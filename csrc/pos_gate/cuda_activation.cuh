@@ -1,4 +1,4 @@
-// The activation of x as it is loaded, and its slope; the same functions as on the CPU (cpu_vector.h).
+// The activation of x as it is loaded, and its slope; as on the CPU (cpu_activation.h), if by other formulas.
 //
 //     gelu       x Phi(x)       slope  Phi(x) + x Phi'(x)                 Phi: the normal distribution function
 //     gelu_tanh  x s            slope  s + x s (1 - s) d(2u)/dx,          s = 1 / (1 + e^(-2u)),

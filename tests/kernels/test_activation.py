@@ -46,14 +46,25 @@ def test_no_worse_than_pytorch_over_the_line(activation, channels):
 
 
 @needs_cpu
+@pytest.mark.parametrize("scale", [0.1, 0.3, 1, 3])
+def test_gelu_on_the_whole_no_worse_than_pytorch(scale):
+    x = scale * torch.randn(2**17, generator=torch.Generator().manual_seed(0))
+    eager = x.clone().requires_grad_()
+    y = F.gelu(eager)
+    plain = y.detach(), torch.autograd.grad(y.sum(), eager)[0]
+    for got, other, true in zip(activated(x, "gelu", 16), plain, truth(x, "gelu"), strict=True):
+        assert (got - true).norm() <= 1.25 * (other - true).norm()
+
+
+@needs_cpu
 def test_gelu_is_good_to_a_few_units_in_the_last_place():
-    x = LINE[LINE > -2]
+    x = LINE[LINE > -1]
     y, (true, _) = activated(x, "gelu", 16)[0], truth(x, "gelu")
     true = true[: len(y)]
-    assert ((y - true).abs() <= 10 * 2**-23 * true.abs() + 2**-126).all()
-    x = LINE[LINE <= -2]  # here the value itself is what a difference from 0 leaves
+    assert ((y - true).abs() <= 4 * 2**-23 * true.abs() + 2**-126).all()
+    x = LINE[LINE <= -1]  # here the value itself is what a difference of two numbers near 1 leaves
     y, (true, _) = activated(x, "gelu", 16)[0], truth(x, "gelu")
-    assert ((y - true[: len(y)]).abs() <= 2**-23).all()
+    assert ((y - true[: len(y)]).abs() <= 2**-22).all()
 
 
 @needs_cpu
