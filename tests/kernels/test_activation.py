@@ -77,6 +77,7 @@ def test_gelu_at_the_ends_of_the_line(channels, dtype):
     wanted = [0.0, 5e-31, -5e-31, 5e-7, -5e-7, 100, 0, 3e38, 0, math.inf, math.nan]
     torch.testing.assert_close(y[:11], x.new_tensor(wanted), equal_nan=True, rtol=1e-5, atol=0.0)
     assert torch.equal(slope[5:9], x.new_tensor([1.0, 0, 1, 0]))
+    assert slope[10].isnan()
 
 
 @needs_cpu
