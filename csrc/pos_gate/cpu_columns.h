@@ -23,12 +23,14 @@ struct Tile {
   int64_t rows() const { return last - first; }
 };
 
+constexpr bool kTilesKeepToRows = kLeastRows < kTileRows;
+
 // The tiles of a window. If they may shrink, a row of tokens has tiles of its own, the last of them the highest and none
 // lower by more than one: its tokens lie side by side in the table too. Rows of very few are cut as if they were one.
 inline std::vector<Tile> tiles_of(const WindowClass& cls) {
   const int64_t tokens = cls.tokens();
   std::vector<Tile> tiles;
-  if (kLeastRows == kTileRows) {
+  if (!kTilesKeepToRows) {
     for (int64_t first = 0; first < tokens; first += kTileRows)
       tiles.push_back({first, std::min(tokens, first + kTileRows)});
     return tiles;

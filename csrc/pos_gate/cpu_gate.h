@@ -58,9 +58,9 @@ class Gate {
   void backward(int64_t first_unit, int64_t last_unit) {
     const bool mixing = call_.dtable_parts || call_.dmatrix_parts;
     const int64_t panel = ld_ * kPanel, matrix = mixing ? ld_ * ld_ : 0;
-    Allotment<A> allot(workspace_.storage, (2 + 2 * kPanels) * panel + 2 * kTile + matrix, 7);
+    Allotment<A> allot(workspace_.storage, (2 + 2 * kPanels) * panel + 2 * kTile + matrix + kPanel, 8);
     take(allot, {{&x1_, panel}, {&slope1_, panel}, {&du_, kPanels * panel}, {&x1_columns_, kPanels * panel}});
-    take(allot, {{&y_, kTile}, {&done_, kTile}, {&dp_, matrix}});
+    take(allot, {{&y_, kTile}, {&done_, kTile}, {&dp_, matrix}, {&mean_, kPanel}});
     const int64_t pairs = kIsPaired ? panel / 2 : 0;
     Allotment<E> operands(workspace_.operands, (1 + 2 * kPanels) * pairs, 3);
     take(operands, {{&factor_, pairs}, {&left_, kPanels * pairs}, {&right_, kPanels * pairs}});
@@ -79,19 +79,23 @@ class Gate {
     const int64_t size = ld_ * kPanel;
     const int64_t panels = for_each_panel(window, unit, unit + 1, [&](int64_t index) {
       if (index == 0) begin_class(window, mixing);
-      const int64_t slot = index % kPanels;
+      const int64_t slot = table_gradient_ ? 0 : index % kPanels;
       A* du = du_ + slot * size;
-      if (panel_.columns < kPanel) clear({{x1_, size}, {du, size}});
+      if (panel_.columns < kPanel) clear({{x1_, size}, {du, size}, {y_, kTile}, {done_, kTile}});
       load_x1(window, slope1_);
+      if (table_gradient_ && call_.softmax) centre_x1(window);
       backward_panel_to_x2(window, du);
-      if (call_.dbias_parts) add_bias_gradient(window, du);
       backward_panel_to_x1(window, du);
       if (!mixing) return;
+      if (table_gradient_) return table_gradient_->add(du, x1_, panel_.columns);
       transpose(x1_, kPanel, x1_columns_ + slot * size, ld_, round_up(window.tokens, kLanes), kPanel);
       if (slot + 1 == kPanels || next_panel_.columns == 0) add_mixing_gradient(window, slot + 1);
     });
     if (panels == 0) return;
-    if (mixing) mixing_.add_gradient(unit, dp_, ld_);
+    if (mixing && table_gradient_)
+      table_gradient_->store(unit, [&](int64_t k) { return sum_of(workspace_.dots, k); });
+    else if (mixing)
+      mixing_.add_gradient(unit, dp_, ld_);
     if (call_.dbias_parts) store_bias_gradient(window, unit);
   }
 
@@ -101,11 +105,16 @@ class Gate {
     prepare_group(window, panel_.group);
     mixing_.pack_columns(group_->columns);
     gather_bias(window);
-    if (mixing) {
+    clear({{mean_, kPanel}});
+    table_gradient_ = mixing_.table_gradient();
+    if (mixing && table_gradient_) {
+      table_gradient_->begin();
+    } else if (mixing) {
       find_active(window);
       clear({{dp_, ld_ * ld_}});
     }
     workspace_.bias_sums.assign(ld_ * kLanes, 0.);
+    workspace_.dots.assign(ld_ * kLanes, 0.);
   }
 
   // Z = (P X1 + b) * X2
@@ -141,20 +150,22 @@ class Gate {
     wanted_.add(dz_map, panel_.pieces);
     wanted_.add(dx2_map, panel_.pieces);
     with_constant(call_.activation, [&](auto activation) {
-      multiply_panel(window, group_->rows, x1_, [&](const Piece& piece, int64_t from, int64_t to) {
+      const auto add_rows = [&](const Tile& tile) { add_row_sums(tile, to_du + tile.first * kPanel); };
+      const auto finish = [&](const Piece& piece, int64_t from, int64_t to) {
         const auto x2 = x2_map.rows(piece, from);
         const auto dz = dz_map.rows(piece, from);
         const auto dx2 = dx2_map.rows(piece, from);
         const A *y = done_ + piece.column, *bias = &workspace_.bias[from], *scale = &group_->scale[from];
-        A* du = to_du + from * kPanel + piece.column;
+        A *du = to_du + from * kPanel + piece.column, *mean = mean_ + piece.column;
         for_each_vector<A>(to - from, piece.count, [=](auto lanes, int64_t k, int64_t c) {
           const auto gradient = load_as<A, lanes>(dz(k) + c);
           const auto gate = activated_with_slope<activation>(load_as<A, lanes>(x2(k) + c));
-          const auto sum = load<A, lanes>(y + k * kPanel + c) * scale[k] + bias[k];
+          const auto sum = load<A, lanes>(y + k * kPanel + c) * scale[k] + bias[k] + load<A, lanes>(mean + c);
           store_as(dx2(k) + c, gradient * sum * gate.slope);
           store(du + k * kPanel + c, gradient * gate.value * scale[k]);
         });
-      });
+      };
+      multiply_panel(window, group_->rows, x1_, finish, add_rows);
     });
   }
 
@@ -244,9 +255,10 @@ class Gate {
 
   // The product of packed weights and a panel, tile by tile, while the wanted rows of the tile's tokens are asked for.
   // `finish(piece, from, to)` takes a tile from `done_` after the next one's product: by then the rows are there, and what
-  // lies across two vectors of the product can be read without waiting for its stores.
-  template <class Finish>
-  void multiply_panel(const Window& window, const Packed<E>& weights, const A* panel, Finish&& finish) {
+  // lies across two vectors of the product can be read without waiting for its stores. `finish_rows(tile)` comes after that.
+  template <class Finish, class FinishRows = void (*)(const Tile&)>
+  void multiply_panel(const Window& window, const Packed<E>& weights, const A* panel, Finish&& finish,
+                      FinishRows&& finish_rows = [](const Tile&) {}) {
     const E* factor = operands_of_rows<E>(panel, window.tokens, kPanel, factor_);
     if constexpr (kStepsAtOnce > 1) {  // the last steps' zeros, where a larger window may have left anything
       const int64_t steps = steps_of(window);
@@ -257,6 +269,7 @@ class Gate {
     const auto kernel_for = few ? multiply_for<A, E, kAsksOfFew> : multiply_for<A, E, 1>;
     const auto finish_tile = [&](const Tile& tile) {
       for (const Piece& piece : panel_.pieces) finish(piece, tile.first, tile.last);
+      finish_rows(tile);
     };
     for (size_t i = 0; i < window.tiles.size(); ++i) {
       const Tile& tile = window.tiles[i];
@@ -331,6 +344,24 @@ class Gate {
 
   // ---- gradients of the parameters ----
 
+  // Takes its mean off every column. The rows of P sum to one, so that what all keys have in common is in each Y and counts
+  // nothing in the table's gradient; there, a difference of two sums, its rounding would. What has no mean stays as it is.
+  void centre_x1(const Window& window) {
+    Vec<A> means[kTileVectors] = {};
+    for (int64_t k = 0; k < window.tokens; ++k)
+      for (int v = 0; v < kTileVectors; ++v) means[v] += load<A>(x1_ + k * kPanel + v * kLanes);
+    for (int v = 0; v < kTileVectors; ++v) {
+      means[v] /= A(window.tokens);
+      means[v] = means[v] - means[v] == 0 ? means[v] : Vec<A>{};
+      store(mean_ + v * kLanes, means[v]);
+    }
+    for (int64_t k = 0; k < window.tokens; ++k)
+      for (int v = 0; v < kTileVectors; ++v) {
+        A* x1 = x1_ + k * kPanel + v * kLanes;
+        store(x1, load<A>(x1) - means[v]);
+      }
+  }
+
   // The vectors of keys in which a tile of queries has weights: elsewhere the gradient of the logits is as small. Without
   // a softmax a gradient does not depend on its weight.
   void find_active(const Window& window) {
@@ -349,24 +380,33 @@ class Gate {
     }
   }
 
-  // A panel's sums are short; those over many panels are taken in double.
-  void add_bias_gradient(const Window& window, const A* du) {
-    for (int64_t k = 0; k < window.tokens; ++k) {
+  // For each of a tile's queries the sums over columns of dU and of dU * Y. A panel's are short; those over many panels are
+  // taken in double.
+  void add_row_sums(const Tile& tile, const A* du) {
+    if (call_.dbias_parts)
+      add_sums(tile, workspace_.bias_sums, [=](int64_t at) { return load<A>(du + at); });
+    if (table_gradient_ && call_.softmax && call_.dtable_parts)
+      add_sums(tile, workspace_.dots, [=](int64_t at) { return load<A>(du + at) * load<A>(done_ + at); });
+  }
+  template <class Term>
+  static void add_sums(const Tile& tile, std::vector<double>& totals, const Term& term) {
+    for (int64_t k = 0; k < tile.rows(); ++k) {
+      Vec<A> sums = term(k * kPanel);
+      for (int64_t c = kLanes; c < kPanel; c += kLanes) sums += term(k * kPanel + c);
       A lanes[kLanes];
-      Vec<A> sums = load<A>(du + k * kPanel);
-      for (int64_t c = kLanes; c < kPanel; c += kLanes) sums += load<A>(du + k * kPanel + c);
       store(lanes, sums);
-      double* total = &workspace_.bias_sums[k * kLanes];
+      double* total = &totals[(tile.first + k) * kLanes];
       for (int l = 0; l < kLanes; l += VectorOf<double>::kLanes)
         store(total + l, load<double>(total + l) + load_wide(lanes + l));
     }
   }
+  static double sum_of(const std::vector<double>& totals, int64_t k) {
+    return std::accumulate(&totals[k * kLanes], &totals[k * kLanes] + kLanes, 0.);
+  }
   void store_bias_gradient(const Window& window, int64_t unit) const {
     A* part = static_cast<A*>(call_.dbias_parts) + unit * shape_.window_tokens();
-    for (int64_t k = 0; k < window.tokens; ++k) {
-      const double* total = &workspace_.bias_sums[k * kLanes];
-      part[window.index[k]] += A(std::accumulate(total, total + kLanes, 0.) / double(group_->scale[k]));
-    }
+    for (int64_t k = 0; k < window.tokens; ++k)
+      part[window.index[k]] += A(sum_of(workspace_.bias_sums, k) / double(group_->scale[k]));
   }
 
   void clear_parts(int64_t unit) {
@@ -388,6 +428,7 @@ class Gate {
   Mixing<A, E> mixing_;
   Panel panel_, next_panel_;  // the one at hand and the one after it
   GroupMixing<A, E>* group_ = nullptr;  // of the panel at hand
+  TableGradient<A>* table_gradient_ = nullptr;  // of a backward's group and windows, if that is how to find it
   Wanted wanted_;
   std::vector<std::vector<int32_t>> active_;
   // Panels [tokens, kPanel], and kPanels of them for dP: dU, and X1 with tokens side by side.
@@ -395,6 +436,7 @@ class Gate {
   // Tiles [kTileRows, kPanel]; y is the one at hand, done the one before it.
   A *y_ = nullptr, *done_ = nullptr;
   E *factor_ = nullptr, *left_ = nullptr, *right_ = nullptr;  // room for pairs: of a product's panel, and for dP
+  A* mean_ = nullptr;  // [kPanel], what a backward's x1 lacks
   A* dp_ = nullptr;  // [tokens, tokens] of the window class at hand
   int64_t ld_ = 0;
 };

@@ -26,6 +26,8 @@ namespace {
 
 #include "cpu_mixing_gradient.h"
 
+#include "cpu_table_gradient.h"
+
 #include "cpu_mixing.h"
 
 #include "cpu_workspace.h"

@@ -7,6 +7,7 @@ struct MixingBuffers {
   WeightBuffers<A> weights;
   PackingBuffers<A> packing;
   GradientBuffers gradient;
+  TableGradientBuffers table_gradient;
 };
 
 // E: what the products multiply; epsilon: of the results' type.
@@ -15,7 +16,7 @@ class Mixing {
  public:
   Mixing(const Call& call, double epsilon, MixingBuffers<A>& buffers)
       : weights_(call, epsilon, buffers.weights), packing_(call, weights_, buffers.packing),
-        gradient_(call, weights_, buffers.gradient) {}
+        gradient_(call, weights_, buffers.gradient), table_gradient_(call, weights_, buffers.table_gradient) {}
 
   void prepare(const Window& window, int64_t group) { weights_.prepare(window, group); }
 
@@ -26,9 +27,12 @@ class Mixing {
   A row_scale(int64_t i) const { return weights_.shared() ? A(weights_.scale()[i]) : A(1); }
 
   void add_gradient(int64_t part, const A* dp, int64_t ld) { gradient_.add(part, dp, ld); }
+  // What finds the table's gradient without dP, where that can be.
+  TableGradient<A>* table_gradient() { return kDepthOf<E> == 1 && table_gradient_.applies() ? &table_gradient_ : nullptr; }
 
  private:
   Weights<A> weights_;
   Packing<A, E> packing_;
   MixingGradient<A> gradient_;
+  TableGradient<A> table_gradient_;
 };

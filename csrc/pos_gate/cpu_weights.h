@@ -82,6 +82,11 @@ class Weights {
     return b_.weight[centre_ + window_->place[j] - window_->place[i]] * (shared_ ? 1 : b_.scale[i]);
   }
 
+  // Of a table, the entry of query i and the first key.
+  double* first_entry(double* table, int64_t i) const { return table + centre_ + window_->place[0] - window_->place[i]; }
+  // What is there for each query, all else being zero, is taken from there and added to the entries of all its keys.
+  void spread_boxes(double* table) const { spread_boxes(table, 0); }
+
   // Calls `run(key, entry, count)` for each run of keys whose entries for query i lie side by side.
   template <class Run>
   void for_each_run(int64_t i, Run&& run) const {
@@ -132,7 +137,7 @@ class Weights {
     b_.sums = b_.weight;
     sum_boxes(b_.sums.data(), 0);
     for (int64_t i = 0; i < tokens; ++i) {
-      const double sum = b_.sums[centre_ + window_->place[0] - window_->place[i]];
+      const double sum = *first_entry(b_.sums.data(), i);
       if (!(sum >= kEnough)) return false;
       b_.scale[i] = sum;
     }
@@ -146,16 +151,25 @@ class Weights {
   void sum_boxes(double* sums, int d) const {
     const int64_t stride = shape_.table_view().map[d], box = window_->cls.box[d];
     sums += (shape_.window[d] - box) * stride;
-    const auto add = [&](int64_t to, int64_t from) {
-      double* const sum = sums + to * stride;
-      const double* const added = sums + from * stride;
-      for (int64_t e = 0; e < stride; ++e) sum[e] += added[e];
-    };
-    for (int64_t k = box - 2; k >= 0; --k) add(k, k + 1);
-    for (int64_t k = box + 1; k < 2 * box - 1; ++k) add(k, k - 1);
-    for (int64_t k = 1; k < box; ++k) add(k, k + box - 1);
+    for (int64_t k = box - 2; k >= 0; --k) add_entries(sums, k, k + 1, stride);
+    for (int64_t k = box + 1; k < 2 * box - 1; ++k) add_entries(sums, k, k - 1, stride);
+    for (int64_t k = 1; k < box; ++k) add_entries(sums, k, k + box - 1, stride);
     if (d + 1 < kRank)
       for (int64_t k = 0; k < box; ++k) sum_boxes(sums + k * stride, d + 1);
+  }
+  void spread_boxes(double* sums, int d) const {
+    const int64_t stride = shape_.table_view().map[d], box = window_->cls.box[d];
+    sums += (shape_.window[d] - box) * stride;
+    if (d + 1 < kRank)
+      for (int64_t k = 0; k < box; ++k) spread_boxes(sums + k * stride, d + 1);
+    for (int64_t k = box - 1; k > 0; --k) add_entries(sums, k + box - 1, k, stride);
+    for (int64_t k = 2 * box - 2; k > box; --k) add_entries(sums, k - 1, k, stride);
+    for (int64_t k = 0; k < box - 1; ++k) add_entries(sums, k + 1, k, stride);
+  }
+  static void add_entries(double* sums, int64_t to, int64_t from, int64_t stride) {
+    double* const sum = sums + to * stride;
+    const double* const added = sums + from * stride;
+    for (int64_t e = 0; e < stride; ++e) sum[e] += added[e];
   }
 
   // ---- what may be left out ----

@@ -1,0 +1,178 @@
+// The gradient of a relative table, without that of P.
+//
+// Equation: P(i, j) = scale(i) * weight(j - i), and dP(i, j) = dU(i) . X1(j), a sum over columns. With dU scaled like its
+// rows of P, and Y as the product leaves it, unscaled, the table's gradient is
+//   dR(d) = sum over i of dU(i) . X1(i + d)                                             without a softmax,
+//   dR(d) = weight(d) * sum over i of dU(i) . X1(i + d) - scale(i) * (dU(i) . Y(i))     under one,
+// where i and i + d are tokens of the window: a correlation, of which a softmax takes off what all keys have in common.
+//
+// Tiling: a queries and b keys, each side by side in a row of tokens, are only a + b - 1 displacements apart: of 7 and 7
+// there are 49 products and 13 sums, a vector of columns each. The sums
+// stay in registers over all pairs of rows that lie as far apart and over the columns of a panel; so there is no dP, which
+// would go through the second-level cache with every panel, and neither X1 nor dP is transposed or folded. 14 loads for 49
+// multiply-adds.
+// Flops: 2 for each pair of tokens and column, but where no displacement of two tiles has a weight that counts.
+// No include guard: every instruction set compiles this text anew, inside its own namespace and target options.
+
+// The sum of each of as many vectors as one has lanes. Each of the log2(lanes) rounds interleaves the first half of them
+// with the second.
+template <class A, int kHalf = VectorOf<A>::kLanes / 2>
+inline Vec<A> sum_of_each(Vec<A>* vectors) {
+  if constexpr (kHalf > 0) {
+    constexpr auto kLaneNumbers = std::make_integer_sequence<int, VectorOf<A>::kLanes>();
+    for (int r = 0; r < kHalf; ++r) {
+      const Vec<A> a = vectors[r], b = vectors[r + kHalf];
+      vectors[r] = interleave<A, 0>(a, b, kLaneNumbers) + interleave<A, 1>(a, b, kLaneNumbers);
+    }
+    return sum_of_each<A, kHalf / 2>(vectors);
+  }
+  return vectors[0];
+}
+
+// Pairs of rows of tokens equally far apart, as a plane of them: where the first one's tiles begin in two panels.
+struct RowPairs {
+  int64_t left, right;  // the first pair's
+  int64_t planes, rows, plane_stride, row_stride;
+};
+
+// to[s - r + kQueries - 1] += left[r, :] . right[s, :] for the queries r and keys s of two tiles, over all pairs of rows.
+template <class A, int kQueries, int kKeys>
+__attribute__((noinline)) void correlate_tiles(const A* left, const A* right, const RowPairs& pairs, int64_t vectors,
+                                               double* to) {
+  constexpr int kLanes = VectorOf<A>::kLanes, kSums = kQueries + kKeys - 1, kPanel = kPanelOf<A>;
+  // Displacements with most pairs have more sums than one, so that none waits for itself too often.
+  constexpr int kShorter = std::min(kQueries, kKeys);
+  constexpr int kParts = kShorter <= 3 ? 3 : 2, kFirst = kShorter <= 3 ? 0 : kShorter - 2, kLast = kSums - 1 - kFirst;
+  constexpr int kTogether = std::max(1, 64 / kVectorBytes);
+  Vec<A> totals[round_up(kSums, kLanes)] = {};  // of sums so short that they round little
+  left += pairs.left;
+  right += pairs.right;
+  for (int64_t plane = 0; plane < pairs.planes; ++plane, left += pairs.plane_stride, right += pairs.plane_stride)
+    for (int64_t first = 0; first < vectors; first += kTogether) {
+      Vec<A> sums[kParts][kSums] = {};
+      for (int64_t v = first; v < std::min(vectors, first + kTogether); ++v) {
+        const A *queries = left + v * kLanes, *keys = right + v * kLanes;
+        for (int64_t row = 0; row < pairs.rows; ++row, queries += pairs.row_stride, keys += pairs.row_stride) {
+          Vec<A> query[kQueries];
+#pragma GCC unroll 16
+          for (int r = 0; r < kQueries; ++r) query[r] = load<A>(queries + r * kPanel);
+#pragma GCC unroll 16
+          for (int s = 0; s < kKeys; ++s) {
+            const Vec<A> key = load<A>(keys + s * kPanel);
+#pragma GCC unroll 16
+            for (int r = 0; r < kQueries; ++r) {
+              const int sum = s - r + kQueries - 1;
+              sums[sum >= kFirst && sum <= kLast ? r % kParts : 0][sum] += query[r] * key;
+            }
+          }
+        }
+      }
+      for (int sum = 0; sum < kSums; ++sum) {
+        for (int part = 1; part < kParts; ++part) sums[0][sum] += sums[part][sum];
+        totals[sum] += sums[0][sum];
+      }
+    }
+  for (int first = 0; first < kSums; first += kLanes, to += kLanes) {
+    A each[kLanes];
+    store(each, sum_of_each<A>(totals + first));
+    for (int d = 0; d < kLanes; d += kDoubles) store(to + d, load<double>(to + d) + load_wide(each + d));
+  }
+}
+template <class A>
+using Correlate = void (*)(const A*, const A*, const RowPairs&, int64_t, double*);
+template <class A, int kQueries = kTileRows, int kKeys = kTileRows>
+inline Correlate<A> correlate_for(int64_t queries, int64_t keys) {
+  if constexpr (kQueries > kLeastRows)
+    if (queries < kQueries) return correlate_for<A, kQueries - 1, kKeys>(queries, keys);
+  if constexpr (kKeys > kLeastRows)
+    if (keys < kKeys) return correlate_for<A, kQueries, kKeys - 1>(queries, keys);
+  if constexpr (kTilesKeepToRows) return correlate_tiles<A, kQueries, kKeys>;
+  return nullptr;
+}
+
+struct TableGradientBuffers {
+  std::vector<double> sums, shares;
+};
+
+template <class A>
+class TableGradient {
+ public:
+  TableGradient(const Call& call, const Weights<A>& weights, TableGradientBuffers& buffers)
+      : call_(call), shape_(call.shape), weights_(weights), b_(buffers) {}
+
+  // Whether that is how to find it: where products read the table, by tiles that lie within rows of tokens.
+  bool applies() const { return kTilesKeepToRows && weights_.shared() && window().cls.box[2] >= kLeastRows; }
+
+  // For the weights' group and windows. Rows and tiles meet where a displacement has a weight that counts, if only for
+  // the query that may leave out least. Without a softmax a gradient does not depend on its weight.
+  void begin() {
+    const int64_t *box = window().cls.box, size = shape_.table_size();
+    b_.sums.assign(size + VectorOf<A>::kLanes, 0.);
+    meetings_.clear();
+    least_ = call_.softmax ? *std::min_element(weights_.limit(), weights_.limit() + window().tokens) : -1;
+    const auto in_first_row = [&](const Tile& tile) { return tile.last <= box[2]; };
+    const auto first = window().tiles.begin(), last = std::find_if_not(first, window().tiles.end(), in_first_row);
+    for (auto queries = first; queries != last; ++queries)
+      for (auto keys = first; keys != last; ++keys)
+        for (int64_t d0 = 1 - box[0]; d0 < box[0]; ++d0)
+          for (int64_t d1 = 1 - box[1]; d1 < box[1]; ++d1) meet(*queries, *keys, d0, d1);
+  }
+
+  // A panel's part, of dU and X1 [tokens, kPanel].
+  void add(const A* du, const A* x1, int64_t columns) {
+    const int64_t vectors = divide_up(columns, int64_t(VectorOf<A>::kLanes));
+    for (const Meeting& meeting : meetings_)
+      meeting.correlate(du, x1, meeting.pairs, vectors, &b_.sums[meeting.entry]);
+  }
+
+  // Adds the gradient, given the sum over columns of dU(i) * Y(i) for each query.
+  template <class Dot>
+  void store(int64_t part, Dot&& dot) {
+    const int64_t size = shape_.table_size();
+    A* to = static_cast<A*>(call_.dtable_parts) + part * size;
+    if (!call_.softmax) {
+      for (int64_t e = 0; e < size; ++e) to[e] += A(b_.sums[e]);
+      return;
+    }
+    b_.shares.assign(size, 0.);
+    for (int64_t i = 0; i < window().tokens; ++i) *weights_.first_entry(b_.shares.data(), i) = weights_.scale()[i] * dot(i);
+    weights_.spread_boxes(b_.shares.data());
+    for (int64_t e = 0; e < size; ++e) {
+      const double weight = weights_.weight()[e];
+      to[e] += A(weight <= least_ ? 0 : weight * (b_.sums[e] - b_.shares[e]));
+    }
+  }
+
+ private:
+  // Two tiles, and the rows whose displacement is the same.
+  struct Meeting {
+    RowPairs pairs;
+    int64_t entry;  // of the table: that of the last query and the first key
+    Correlate<A> correlate;
+  };
+
+  const Window& window() const { return weights_.window(); }
+
+  void meet(const Tile& queries, const Tile& keys, int64_t d0, int64_t d1) {
+    const int64_t* box = window().cls.box;
+    const View table = shape_.table_view();
+    const int64_t entry = weights_.centre() + d0 * table.map[0] + d1 * table.map[1] + keys.first - (queries.last - 1);
+    const double* weight = weights_.weight() + entry;
+    if (std::all_of(weight, weight + queries.rows() + keys.rows() - 1, [=](double w) { return w <= least_; })) return;
+    constexpr int64_t kPanel = kPanelOf<A>;
+    const int64_t row = box[2] * kPanel, plane = box[1] * row;
+    Meeting& meeting = meetings_.emplace_back();
+    meeting.pairs = {std::max<int64_t>(0, -d0) * plane + std::max<int64_t>(0, -d1) * row + queries.first * kPanel,
+                     std::max<int64_t>(0, d0) * plane + std::max<int64_t>(0, d1) * row + keys.first * kPanel,
+                     box[0] - std::abs(d0), box[1] - std::abs(d1), plane, row};
+    meeting.entry = entry;
+    meeting.correlate = correlate_for<A>(queries.rows(), keys.rows());
+  }
+
+  const Call& call_;
+  const Shape& shape_;
+  const Weights<A>& weights_;
+  TableGradientBuffers& b_;
+  std::vector<Meeting> meetings_;
+  double least_ = 0;  // what a weight must exceed to count
+};
