@@ -109,7 +109,8 @@ class TableGradient {
     const int64_t *box = window().cls.box, size = shape_.table_size();
     b_.sums.assign(size + VectorOf<A>::kLanes, 0.);
     meetings_.clear();
-    least_ = call_.softmax ? *std::min_element(weights_.limit(), weights_.limit() + window().tokens) : -1;
+    const A* const limits = weights_.limit();
+    least_ = call_.softmax ? *std::min_element(limits, limits + window().tokens) : -std::numeric_limits<double>::infinity();
     const auto in_first_row = [&](const Tile& tile) { return tile.last <= box[2]; };
     const auto first = window().tiles.begin(), last = std::find_if_not(first, window().tiles.end(), in_first_row);
     for (auto queries = first; queries != last; ++queries)

@@ -1,0 +1,82 @@
+"""The relative table's gradient, which the CPU back end takes without that of the mixing matrix."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support import available
+
+from posmlp_kernels import gqpe_table, pos_gate
+from posmlp_kernels.testing import assert_no_worse
+
+pytestmark = pytest.mark.skipif(not available("cpu"), reason="the cpu back end is not built")
+
+
+def gaussian(window, sharpness, centre=0.0, groups=2):
+    """Tables whose weights fall from one place on, the quicker the sharper."""
+    rank = len(window)
+    factor = sharpness * (torch.eye(rank) + 0.1 * torch.arange(groups)[:, None, None])
+    return gqpe_table(torch.full((groups, rank), centre), factor, window, backend="reference")
+
+
+def gradients(x, table, dz, window, backend, dtype, softmax=True):
+    """dx and dtable."""
+    leaves = [t.detach().to(dtype).requires_grad_() for t in (x, table)]
+    z = pos_gate(*leaves, window=window, softmax=softmax, backend=backend)
+    return torch.autograd.grad(z, leaves, dz.to(dtype))
+
+
+def draw(window, channels=32, batch=2, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    sizes = (batch, *window)
+    x = torch.randn(*sizes, 2 * channels, generator=generator)
+    return x, torch.randn(*sizes, channels, generator=generator)
+
+
+@pytest.mark.parametrize("softmax", [True, False])
+@pytest.mark.parametrize("width", [*range(1, 16), 20, 21, 24, 27])
+def test_rows_of_every_width(width, softmax):
+    """Tiles of every two heights meet: in float64, where all but rounding is an error, and in float32."""
+    for window, sharpness, centre in (((3, width), 0.3, 0.0), ((4, width), 1.0, 2.5), ((width,), 0.02, 0.0)):
+        x, dz = draw(window)
+        table = gaussian(window, sharpness, centre)
+        arguments = (x, table, dz, window)
+        truth, eager = (
+            gradients(*arguments, "reference", dtype, softmax) for dtype in (torch.float64, torch.float32)
+        )
+        for got, expected in zip(gradients(*arguments, "cpu", torch.float64, softmax), truth, strict=True):
+            assert torch.allclose(got, expected, rtol=0, atol=1e-13 * max(1, expected.abs().max().item()))
+        assert_no_worse(list(gradients(*arguments, "cpu", torch.float32, softmax)), list(eager), list(truth))
+
+
+@pytest.mark.parametrize("window", [(14, 14), (7, 7), (5, 24)])
+def test_what_all_keys_share_costs_no_precision(window):
+    """The gradient of a softmax lacks it. Eager's loses as many digits as it is larger than the rest."""
+    x, dz = draw(window, batch=4)
+    table = gaussian(window, 0.7)
+    x[..., : x.shape[-1] // 2] += 100
+    truth = gradients(x, table, dz, window, "reference", torch.float64)[1]
+
+    def error(backend):
+        got = gradients(x, table, dz, window, backend, torch.float32)[1]
+        return ((got - truth).norm() / truth.norm()).item()
+
+    assert error("reference") > 5e-6
+    assert error("cpu") < 5e-7
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_stays_with_those_who_see_it(value):
+    """Queries that leave out a token have the gradients that they have without it."""
+    window, channels = (4, 40), 32
+    x, dz = draw(window, channels)
+    table = gaussian(window, 1.0)
+    without = gradients(x, table, dz, window, "cpu", torch.float32)[0]
+    x[0, :, 0, 5] = value
+    dx, dtable = gradients(x, table, dz, window, "cpu", torch.float32)
+    assert not dx[0, :, :3, channels + 5].isfinite().any()
+    assert not dtable[0].isfinite().all() and dtable[1].isfinite().all()
+    far, kept = dx[0, :, 20:, channels + 5], without[0, :, 20:, channels + 5]
+    assert torch.allclose(far, kept, rtol=1e-5, atol=1e-6)
+    others = [c for c in range(2 * channels) if c % channels != 5]
+    assert torch.equal(dx[..., others], without[..., others])
