@@ -102,11 +102,11 @@ inline ActivationValue<V> activated_with_slope(V x) {
   if constexpr (kActivation == Activation::gelu) return gelu_with_slope(x);
   if constexpr (kActivation == Activation::gelu_tanh) return gelu_tanh(x);
 }
-// *value = act(x), and *slope = act'(x) if it is wanted.
-template <Activation kActivation, class V>
-inline void store_activated(V x, ElementOf<V>* value, ElementOf<V>* slope) {
-  if (!slope) return store(value, activated<kActivation>(x));
+// *value = act(x), and *slope = act'(x) if it is wanted; `lanes` of them.
+template <Activation kActivation, class L, class V>
+inline void store_activated(L lanes, V x, ElementOf<V>* value, ElementOf<V>* slope) {
+  if (!slope) return store_as(lanes, value, activated<kActivation>(x));
   const auto y = activated_with_slope<kActivation>(x);
-  store(value, y.value);
-  store(slope, y.slope);
+  store_as(lanes, value, y.value);
+  store_as(lanes, slope, y.slope);
 }

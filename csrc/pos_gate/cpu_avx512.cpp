@@ -8,7 +8,8 @@
 // The lanes' signs as bits of an integer, of lanes of 4 or 8 bytes.
 #define POSMLP_MASK_OF(v, bytes) \
   uint64_t((bytes) == 4 ? _mm512_movepi32_mask((__m512i)(v)) : _mm512_movepi64_mask((__m512i)(v)))
-#define POSMLP_F16C    // conversions of float16
+#define POSMLP_F16C        // conversions of float16
+#define POSMLP_LANE_MASKS  // loads and stores of a vector's first lanes
 
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), apply_to = function)

@@ -9,9 +9,10 @@
 #include "amx_emulator.h"  // of the tests: the tile registers in software
 #endif
 
-#define POSMLP_F16C      // conversions of float16
-#define POSMLP_BF16_DOT  // products and conversions of bfloat16
-#define POSMLP_AMX       // products of tiles of bfloat16
+#define POSMLP_F16C        // conversions of float16
+#define POSMLP_LANE_MASKS  // loads and stores of a vector's first lanes
+#define POSMLP_BF16_DOT    // products and conversions of bfloat16
+#define POSMLP_AMX         // products of tiles of bfloat16
 
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16,avx2,fma,f16c"))), apply_to = function)

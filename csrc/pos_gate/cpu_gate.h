@@ -132,9 +132,9 @@ class Gate {
         const auto x2 = x2_map.rows(piece, from);
         const auto z = z_map.rows(piece, from);
         const A *y = done_ + piece.column, *bias = &workspace_.bias[from], *scale = &group_->scale[from];
-        for_each_vector<A>(to - from, piece.count, [=](auto lanes, int64_t k, int64_t c) {
-          const auto sum = load<A, lanes>(y + k * kPanel + c) * scale[k] + bias[k];
-          store_as(z(k) + c, sum * activated<activation>(load_as<A, lanes>(x2(k) + c)));
+        for_each_vector<A, T>(to - from, piece.count, [=](auto lanes, int64_t k, int64_t c) {
+          const auto sum = load_as<A>(lanes, y + k * kPanel + c) * scale[k] + bias[k];
+          store_as(lanes, z(k) + c, sum * activated<activation>(load_as<A>(lanes, x2(k) + c)));
         });
       });
     });
@@ -157,12 +157,12 @@ class Gate {
         const auto dx2 = dx2_map.rows(piece, from);
         const A *y = done_ + piece.column, *bias = &workspace_.bias[from], *scale = &group_->scale[from];
         A *du = to_du + from * kPanel + piece.column, *mean = mean_ + piece.column;
-        for_each_vector<A>(to - from, piece.count, [=](auto lanes, int64_t k, int64_t c) {
-          const auto gradient = load_as<A, lanes>(dz(k) + c);
-          const auto gate = activated_with_slope<activation>(load_as<A, lanes>(x2(k) + c));
-          const auto sum = load<A, lanes>(y + k * kPanel + c) * scale[k] + bias[k] + load<A, lanes>(mean + c);
-          store_as(dx2(k) + c, gradient * sum * gate.slope);
-          store(du + k * kPanel + c, gradient * gate.value * scale[k]);
+        for_each_vector<A, T>(to - from, piece.count, [=](auto lanes, int64_t k, int64_t c) {
+          const auto gradient = load_as<A>(lanes, dz(k) + c);
+          const auto gate = activated_with_slope<activation>(load_as<A>(lanes, x2(k) + c));
+          const auto sum = load_as<A>(lanes, y + k * kPanel + c) * scale[k] + bias[k] + load_as<A>(lanes, mean + c);
+          store_as(lanes, dx2(k) + c, gradient * sum * gate.slope);
+          store_as(lanes, du + k * kPanel + c, gradient * gate.value * scale[k]);
         });
       };
       multiply_panel(window, group_->rows, x1_, finish, add_rows);
@@ -184,9 +184,9 @@ class Gate {
     multiply_panel(window, group_->columns, du, [&](const Piece& piece, int64_t from, int64_t to) {
       const auto dx1 = out.rows(piece, from);
       const A *y = done_ + piece.column, *slope = slopes ? slopes + from * kPanel + piece.column : nullptr;
-      for_each_vector<A>(to - from, piece.count, [=](auto lanes, int64_t k, int64_t c) {
-        const auto sum = load<A, lanes>(y + k * kPanel + c);
-        store_as(dx1(k) + c, slope ? sum * load<A, lanes>(slope + k * kPanel + c) : sum);
+      for_each_vector<A, T>(to - from, piece.count, [=](auto lanes, int64_t k, int64_t c) {
+        const auto sum = load_as<A>(lanes, y + k * kPanel + c);
+        store_as(lanes, dx1(k) + c, slope ? sum * load_as<A>(lanes, slope + k * kPanel + c) : sum);
       });
     });
   }
@@ -311,8 +311,8 @@ class Gate {
       for (const Piece& piece : panel_.pieces) {
         const auto x = map.rows(piece, tile.first);
         A* x1 = x1_ + tile.first * kPanel + piece.column;
-        for_each_vector<A>(tile.rows(), piece.count, [=](auto lanes, int64_t k, int64_t c) {
-          store(x1 + k * kPanel + c, load_as<A, lanes>(x(k) + c));
+        for_each_vector<A, T>(tile.rows(), piece.count, [=](auto lanes, int64_t k, int64_t c) {
+          store_as(lanes, x1 + k * kPanel + c, load_as<A>(lanes, x(k) + c));
         });
       }
     activate(window.tokens, slopes);
@@ -322,9 +322,9 @@ class Gate {
   void activate(int64_t tokens, A* slopes) const {
     with_constant(call_.activation, [&](auto activation) {
       if (activation == Activation::none) return;
-      for_each_vector<A>(tokens, panel_.columns, [=, x1 = x1_](auto lanes, int64_t k, int64_t c) {
+      for_each_vector<A, A>(tokens, panel_.columns, [=, x1 = x1_](auto lanes, int64_t k, int64_t c) {
         const int64_t at = k * kPanel + c;
-        store_activated<activation>(load<A, lanes>(x1 + at), x1 + at, slopes ? slopes + at : nullptr);
+        store_activated<activation>(lanes, load_as<A>(lanes, x1 + at), x1 + at, slopes ? slopes + at : nullptr);
       });
     });
   }

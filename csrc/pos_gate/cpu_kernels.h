@@ -6,9 +6,9 @@ namespace {
 
 #include "cpu_vector.h"
 
-#include "cpu_activation.h"
-
 #include "cpu_storage.h"
+
+#include "cpu_activation.h"
 
 #include "cpu_columns.h"
 

@@ -46,8 +46,8 @@ class Norm {
         if (call_.activation != Activation::none)
           for (int64_t c = 0; c < channels_; ++c) x_[c] *= slope_[c];
         T* dx = static_cast<T*>(call_.dx) + token * 2 * channels_;
-        for_each_vector<A>(1, channels_, [&](auto lanes, int64_t, int64_t c) {
-          store_as(dx + c, load<A, lanes>(&x_[c]));
+        for_each_vector<A, T>(1, channels_, [&](auto lanes, int64_t, int64_t c) {
+          store_as(lanes, dx + c, load_as<A>(lanes, &x_[c]));
         });
       }
     }
@@ -64,8 +64,8 @@ class Norm {
     }
     const T* x = static_cast<const T*>(call_.x) + call_.x_view.offset(rest, position);
     with_constant(call_.activation, [&](auto activation) {
-      for_each_vector<A>(1, channels_, [&](auto lanes, int64_t, int64_t c) {
-        store_activated<activation>(load_as<A, lanes>(x + c), &x_[c], slopes ? slopes + c : nullptr);
+      for_each_vector<A, T>(1, channels_, [&](auto lanes, int64_t, int64_t c) {
+        store_activated<activation>(lanes, load_as<A>(lanes, x + c), &x_[c], slopes ? slopes + c : nullptr);
       });
     });
   }

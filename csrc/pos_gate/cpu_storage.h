@@ -148,13 +148,45 @@ inline void store_as(T* to, V v) {
     narrow<kLanesOf<V>>(reinterpret_cast<const float*>(&v), to);
 }
 
+// As many lanes as a constant says.
+template <class A, int L, class T>
+inline Vec<A, L> load_as(std::integral_constant<int, L>, const T* from) {
+  return load_as<A, L>(from);
+}
+template <int L, class T, class V>
+inline void store_as(std::integral_constant<int, L>, T* to, V v) {
+  store_as(to, v);
+}
+#ifdef POSMLP_LANE_MASKS
+// The first lanes of a vector of floats: a bit for each of them.
+struct FirstLanes {
+  __mmask16 mask;
+};
+template <class A>
+inline Vec<float> load_as(FirstLanes lanes, const float* from) {
+  return (Vec<float>)_mm512_maskz_loadu_ps(lanes.mask, from);
+}
+inline void store_as(FirstLanes lanes, float* to, Vec<float> v) { _mm512_mask_storeu_ps(to, lanes.mask, (__m512)v); }
+#endif
+
 // Calls `body(lanes, row, channel)` for `count` channels of some rows: by whole vectors, then by halves of them, so that
-// nothing is done twice. `lanes` is a constant.
-template <class A, int L = VectorOf<A>::kLanes, class Body>
+// nothing is done twice, or by the first lanes of one more where more than one half would be left. `lanes` is for load_as
+// and store_as, of T too.
+template <class A, class T, int L = VectorOf<A>::kLanes, class Body>
 __attribute__((always_inline)) inline void for_each_vector(int64_t rows, int64_t count, const Body& body,
                                                            int64_t channel = 0) {
   for (; channel + L <= count; channel += L)
     for (int64_t row = 0; row < rows; ++row) body(std::integral_constant<int, L>(), row, channel);
+#ifdef POSMLP_LANE_MASKS
+  if constexpr (std::is_same_v<T, float> && L == 16) {
+    const int64_t rest = count - channel;
+    if ((rest & (rest - 1)) != 0) {
+      const FirstLanes lanes{__mmask16((1 << rest) - 1)};
+      for (int64_t row = 0; row < rows; ++row) body(lanes, row, channel);
+      return;
+    }
+  }
+#endif
   if constexpr (L > 1)
-    if (channel < count) for_each_vector<A, L / 2>(rows, count, body, channel);
+    if (channel < count) for_each_vector<A, T, L / 2>(rows, count, body, channel);
 }

@@ -186,13 +186,14 @@ class Weights {
     constexpr int64_t kFew = 64;  // hardly a weight of theirs is negligible
     A candidates[kCandidates] = {}, scales[kCandidates] = {};
     const bool half = epsilon_ > double(std::numeric_limits<A>::epsilon());
-    if (tokens > kFew && !half) find_candidates(each, candidates, scales);
+    const int count = tokens > kFew && !half ? kCandidates : 0;
+    if (count > 0) find_candidates(each, candidates, scales);
     for (int64_t i = 0; i < tokens; i += kLanes) {
       A rounded[kLanes];
       for (int j = 0; j < kLanes; j += kDoubles) store_rounded(rounded + j, load<double>(&b_.scale[i + j]));
       const Vec<A> scale = load<A>(rounded);
       Vec<A> limit = each / scale;
-      for (int k = 0; k < kCandidates; ++k)
+      for (int k = 0; k < count; ++k)
         limit = scale <= scales[k] && limit < candidates[k] ? fill<Vec<A>>(candidates[k]) : limit;
       store(&b_.limit[i], limit);
     }
