@@ -29,15 +29,16 @@ inline Vec<A> sum_of_each(Vec<A>* vectors) {
   return vectors[0];
 }
 
-// Pairs of rows of tokens equally far apart, as a plane of them: where the first one's tiles begin in two panels.
-struct RowPairs {
-  int64_t left, right;  // the first pair's
+// Pairs of tiles equally far apart: where the first one's begin in two panels, and those in other rows of tokens; in a line,
+// which has one row, those that follow.
+struct TilePairs {
+  int64_t left, right;
   int64_t planes, rows, plane_stride, row_stride;
 };
 
-// to[s - r + kQueries - 1] += left[r, :] . right[s, :] for the queries r and keys s of two tiles, over all pairs of rows.
+// to[s - r + kQueries - 1] += left[r, :] . right[s, :] for the queries r and keys s of two tiles, over all such pairs.
 template <class A, int kQueries, int kKeys>
-__attribute__((noinline)) void correlate_tiles(const A* left, const A* right, const RowPairs& pairs, int64_t vectors,
+__attribute__((noinline)) void correlate_tiles(const A* left, const A* right, const TilePairs& pairs, int64_t vectors,
                                                double* to) {
   constexpr int kLanes = VectorOf<A>::kLanes, kSums = kQueries + kKeys - 1, kPanel = kPanelOf<A>;
   // Displacements with most pairs have more sums than one, so that none waits for itself too often.
@@ -79,7 +80,7 @@ __attribute__((noinline)) void correlate_tiles(const A* left, const A* right, co
   }
 }
 template <class A>
-using Correlate = void (*)(const A*, const A*, const RowPairs&, int64_t, double*);
+using Correlate = void (*)(const A*, const A*, const TilePairs&, int64_t, double*);
 template <class A, int kQueries = kTileRows, int kKeys = kTileRows>
 inline Correlate<A> correlate_for(int64_t queries, int64_t keys) {
   if constexpr (kQueries > kLeastRows)
@@ -100,8 +101,13 @@ class TableGradient {
   TableGradient(const Call& call, const Weights<A>& weights, TableGradientBuffers& buffers)
       : call_(call), shape_(call.shape), weights_(weights), b_(buffers) {}
 
-  // Whether that is how to find it: where products read the table, by tiles that lie within rows of tokens.
-  bool applies() const { return kTilesKeepToRows && weights_.shared() && window().cls.box[2] >= kLeastRows; }
+  // Whether that is how to find it: where products read the table, by tiles that lie within rows of tokens, and where many
+  // pairs of them are equally far apart.
+  bool applies() const {
+    constexpr int64_t kManyRows = 4;
+    if (!kTilesKeepToRows || !weights_.shared() || window().cls.box[2] < kLeastRows) return false;
+    return is_line() ? window().cls.box[2] % tiles_of_row() == 0 : rows() >= kManyRows;
+  }
 
   // For the weights' group and windows. Rows and tiles meet where a displacement has a weight that counts, if only for
   // the query that may leave out least. Without a softmax a gradient does not depend on its weight.
@@ -111,12 +117,16 @@ class TableGradient {
     meetings_.clear();
     const A* const limits = weights_.limit();
     least_ = call_.softmax ? *std::min_element(limits, limits + window().tokens) : -std::numeric_limits<double>::infinity();
-    const auto in_first_row = [&](const Tile& tile) { return tile.last <= box[2]; };
-    const auto first = window().tiles.begin(), last = std::find_if_not(first, window().tiles.end(), in_first_row);
-    for (auto queries = first; queries != last; ++queries)
-      for (auto keys = first; keys != last; ++keys)
-        for (int64_t d0 = 1 - box[0]; d0 < box[0]; ++d0)
-          for (int64_t d1 = 1 - box[1]; d1 < box[1]; ++d1) meet(*queries, *keys, d0, d1);
+    const Tile* const tiles = window().tiles.data();  // the first ones are the first row's
+    const int64_t count = tiles_of_row();
+    if (is_line())
+      for (int64_t d2 = 1 - count; d2 < count; ++d2)
+        meet(tiles[std::max<int64_t>(0, -d2)], tiles[std::max<int64_t>(0, d2)], 0, 0, count - std::abs(d2));
+    else
+      for (int64_t i = 0; i < count; ++i)
+        for (int64_t j = 0; j < count; ++j)
+          for (int64_t d0 = 1 - box[0]; d0 < box[0]; ++d0)
+            for (int64_t d1 = 1 - box[1]; d1 < box[1]; ++d1) meet(tiles[i], tiles[j], d0, d1, box[1] - std::abs(d1));
   }
 
   // A panel's part, of dU and X1 [tokens, kPanel].
@@ -145,16 +155,20 @@ class TableGradient {
   }
 
  private:
-  // Two tiles, and the rows whose displacement is the same.
+  // Tiles whose displacement is the same.
   struct Meeting {
-    RowPairs pairs;
+    TilePairs pairs;
     int64_t entry;  // of the table: that of the last query and the first key
     Correlate<A> correlate;
   };
 
   const Window& window() const { return weights_.window(); }
+  int64_t rows() const { return window().cls.box[0] * window().cls.box[1]; }
+  bool is_line() const { return rows() == 1; }
+  int64_t tiles_of_row() const { return int64_t(window().tiles.size()) / rows(); }
 
-  void meet(const Tile& queries, const Tile& keys, int64_t d0, int64_t d1) {
+  // Two tiles, and those of as many rows of a plane as there are pairs.
+  void meet(const Tile& queries, const Tile& keys, int64_t d0, int64_t d1, int64_t pairs) {
     const int64_t* box = window().cls.box;
     const View table = shape_.table_view();
     const int64_t entry = weights_.centre() + d0 * table.map[0] + d1 * table.map[1] + keys.first - (queries.last - 1);
@@ -165,7 +179,7 @@ class TableGradient {
     Meeting& meeting = meetings_.emplace_back();
     meeting.pairs = {std::max<int64_t>(0, -d0) * plane + std::max<int64_t>(0, -d1) * row + queries.first * kPanel,
                      std::max<int64_t>(0, d0) * plane + std::max<int64_t>(0, d1) * row + keys.first * kPanel,
-                     box[0] - std::abs(d0), box[1] - std::abs(d1), plane, row};
+                     box[0] - std::abs(d0), pairs, plane, is_line() ? queries.rows() * kPanel : row};
     meeting.entry = entry;
     meeting.correlate = correlate_for<A>(queries.rows(), keys.rows());
   }
