@@ -1,7 +1,8 @@
 // The gate on a CPU, forward and backward, for one instruction set.
 //
 // Equation, per window and group: Z = (P X1 + b) * X2 with P from the relative table. Backward recomputes Y = P X1 and,
-// with dU = dZ * X2: dX2 = dZ * (Y + b), dX1 = P^T dU, dP = dU X1^T, db = rows of dU summed.
+// with dU = dZ * X2: dX2 = dZ * (Y + b), dX1 = P^T dU, db = rows of dU summed; the table's gradient comes from dU, X1 and Y
+// (cpu_table_gradient.h), or where that does not apply from dP = dU X1^T.
 //
 // Tiling: the columns of a group are the long axis (window, channel of the group), cut into panels as wide as a register
 // tile. A unit is a group and a share of its columns. P is prepared once per window class, and panels stream past it. A
@@ -83,7 +84,7 @@ class Gate {
       A* du = du_ + slot * size;
       if (panel_.columns < kPanel) clear({{x1_, size}, {du, size}, {y_, kTile}, {done_, kTile}});
       load_x1(window, slope1_);
-      if (table_gradient_ && call_.softmax) centre_x1(window);
+      if (table_gradient_ && call_.softmax) centre_columns(x1_, window.tokens, mean_);
       backward_panel_to_x2(window, du);
       backward_panel_to_x1(window, du);
       if (!mixing) return;
@@ -93,7 +94,7 @@ class Gate {
     });
     if (panels == 0) return;
     if (mixing && table_gradient_)
-      table_gradient_->store(unit, [&](int64_t k) { return sum_of(workspace_.dots, k); });
+      table_gradient_->store(unit, workspace_.dots);
     else if (mixing)
       mixing_.add_gradient(unit, dp_, ld_);
     if (call_.dbias_parts) store_bias_gradient(window, unit);
@@ -113,8 +114,8 @@ class Gate {
       find_active(window);
       clear({{dp_, ld_ * ld_}});
     }
-    workspace_.bias_sums.assign(ld_ * kLanes, 0.);
-    workspace_.dots.assign(ld_ * kLanes, 0.);
+    workspace_.bias_sums.clear(window.tokens);
+    workspace_.dots.clear(window.tokens);
   }
 
   // Z = (P X1 + b) * X2
@@ -344,24 +345,6 @@ class Gate {
 
   // ---- gradients of the parameters ----
 
-  // Takes its mean off every column. The rows of P sum to one, so that what all keys have in common is in each Y and counts
-  // nothing in the table's gradient; there, a difference of two sums, its rounding would. What has no mean stays as it is.
-  void centre_x1(const Window& window) {
-    Vec<A> means[kTileVectors] = {};
-    for (int64_t k = 0; k < window.tokens; ++k)
-      for (int v = 0; v < kTileVectors; ++v) means[v] += load<A>(x1_ + k * kPanel + v * kLanes);
-    for (int v = 0; v < kTileVectors; ++v) {
-      means[v] /= A(window.tokens);
-      means[v] = means[v] - means[v] == 0 ? means[v] : Vec<A>{};
-      store(mean_ + v * kLanes, means[v]);
-    }
-    for (int64_t k = 0; k < window.tokens; ++k)
-      for (int v = 0; v < kTileVectors; ++v) {
-        A* x1 = x1_ + k * kPanel + v * kLanes;
-        store(x1, load<A>(x1) - means[v]);
-      }
-  }
-
   // The vectors of keys in which a tile of queries has weights: elsewhere the gradient of the logits is as small. Without
   // a softmax a gradient does not depend on its weight.
   void find_active(const Window& window) {
@@ -380,33 +363,15 @@ class Gate {
     }
   }
 
-  // For each of a tile's queries the sums over columns of dU and of dU * Y. A panel's are short; those over many panels are
-  // taken in double.
   void add_row_sums(const Tile& tile, const A* du) {
-    if (call_.dbias_parts)
-      add_sums(tile, workspace_.bias_sums, [=](int64_t at) { return load<A>(du + at); });
+    if (call_.dbias_parts) workspace_.bias_sums.add(tile, [=](int64_t at) { return load<A>(du + at); });
     if (table_gradient_ && call_.softmax && call_.dtable_parts)
-      add_sums(tile, workspace_.dots, [=](int64_t at) { return load<A>(du + at) * load<A>(done_ + at); });
-  }
-  template <class Term>
-  static void add_sums(const Tile& tile, std::vector<double>& totals, const Term& term) {
-    for (int64_t k = 0; k < tile.rows(); ++k) {
-      Vec<A> sums = term(k * kPanel);
-      for (int64_t c = kLanes; c < kPanel; c += kLanes) sums += term(k * kPanel + c);
-      A lanes[kLanes];
-      store(lanes, sums);
-      double* total = &totals[(tile.first + k) * kLanes];
-      for (int l = 0; l < kLanes; l += VectorOf<double>::kLanes)
-        store(total + l, load<double>(total + l) + load_wide(lanes + l));
-    }
-  }
-  static double sum_of(const std::vector<double>& totals, int64_t k) {
-    return std::accumulate(&totals[k * kLanes], &totals[k * kLanes] + kLanes, 0.);
+      workspace_.dots.add(tile, [=](int64_t at) { return load<A>(du + at) * load<A>(done_ + at); });
   }
   void store_bias_gradient(const Window& window, int64_t unit) const {
     A* part = static_cast<A*>(call_.dbias_parts) + unit * shape_.window_tokens();
     for (int64_t k = 0; k < window.tokens; ++k)
-      part[window.index[k]] += A(sum_of(workspace_.bias_sums, k) / double(group_->scale[k]));
+      part[window.index[k]] += A(workspace_.bias_sums.of(k) / double(group_->scale[k]));
   }
 
   void clear_parts(int64_t unit) {

@@ -7,12 +7,57 @@
 // where i and i + d are tokens of the window: a correlation, of which a softmax takes off what all keys have in common.
 //
 // Tiling: a queries and b keys, each side by side in a row of tokens, are only a + b - 1 displacements apart: of 7 and 7
-// there are 49 products and 13 sums, a vector of columns each. The sums
-// stay in registers over all pairs of rows that lie as far apart and over the columns of a panel; so there is no dP, which
-// would go through the second-level cache with every panel, and neither X1 nor dP is transposed or folded. 14 loads for 49
-// multiply-adds.
+// there are 49 products and 13 sums, a vector of columns each. These stay in registers over all pairs of tiles that lie as
+// far apart. So there is no dP, which would go through the second-level cache with every panel, and nothing is transposed
+// or folded: 14 loads for 49 multiply-adds.
 // Flops: 2 for each pair of tokens and column, but where no displacement of two tiles has a weight that counts.
 // No include guard: every instruction set compiles this text anew, inside its own namespace and target options.
+
+// For each of a window's tokens a sum over all columns: those of a panel are short, those over many panels are in double.
+template <class A>
+class RowSums {
+ public:
+  void clear(int64_t tokens) { totals_.assign(tokens * kLanes, 0.); }
+
+  // A panel's part for a tile's tokens; `term(at)` is a vector of what is summed, from at = row * kPanel + column on.
+  template <class Term>
+  void add(const Tile& tile, const Term& term) {
+    for (int64_t k = 0; k < tile.rows(); ++k) {
+      Vec<A> sum = term(k * kPanelOf<A>);
+      for (int64_t c = kLanes; c < kPanelOf<A>; c += kLanes) sum += term(k * kPanelOf<A> + c);
+      A lanes[kLanes];
+      store(lanes, sum);
+      double* total = &totals_[(tile.first + k) * kLanes];
+      for (int l = 0; l < kLanes; l += kDoubles) store(total + l, load<double>(total + l) + load_wide(lanes + l));
+    }
+  }
+  double of(int64_t k) const { return std::accumulate(&totals_[k * kLanes], &totals_[k * kLanes] + kLanes, 0.); }
+
+ private:
+  static constexpr int kLanes = VectorOf<A>::kLanes;
+  std::vector<double> totals_;
+};
+
+// Takes its mean off each column of a panel, but where there is none that is finite. The rows of P sum to one, so that what
+// all keys have in common is in each Y and counts nothing in the table's gradient; there, a difference of two sums, its
+// rounding would.
+template <class A>
+void centre_columns(A* panel, int64_t tokens, A* means) {
+  constexpr int kLanes = VectorOf<A>::kLanes;
+  Vec<A> mean[kTileVectors] = {};
+  for (int64_t k = 0; k < tokens; ++k)
+    for (int v = 0; v < kTileVectors; ++v) mean[v] += load<A>(panel + k * kPanelOf<A> + v * kLanes);
+  for (int v = 0; v < kTileVectors; ++v) {
+    mean[v] /= A(tokens);
+    mean[v] = mean[v] - mean[v] == 0 ? mean[v] : Vec<A>{};
+    store(means + v * kLanes, mean[v]);
+  }
+  for (int64_t k = 0; k < tokens; ++k)
+    for (int v = 0; v < kTileVectors; ++v) {
+      A* const at = panel + k * kPanelOf<A> + v * kLanes;
+      store(at, load<A>(at) - mean[v]);
+    }
+}
 
 // The sum of each of as many vectors as one has lanes. Each of the log2(lanes) rounds interleaves the first half of them
 // with the second.
@@ -136,9 +181,8 @@ class TableGradient {
       meeting.correlate(du, x1, meeting.pairs, vectors, &b_.sums[meeting.entry]);
   }
 
-  // Adds the gradient, given the sum over columns of dU(i) * Y(i) for each query.
-  template <class Dot>
-  void store(int64_t part, Dot&& dot) {
+  // Adds the gradient, given the sums of dU * Y.
+  void store(int64_t part, const RowSums<A>& dots) {
     const int64_t size = shape_.table_size();
     A* to = static_cast<A*>(call_.dtable_parts) + part * size;
     if (!call_.softmax) {
@@ -146,7 +190,7 @@ class TableGradient {
       return;
     }
     b_.shares.assign(size, 0.);
-    for (int64_t i = 0; i < window().tokens; ++i) *weights_.first_entry(b_.shares.data(), i) = weights_.scale()[i] * dot(i);
+    for (int64_t i = 0; i < window().tokens; ++i) *weights_.first_entry(b_.shares.data(), i) = weights_.scale()[i] * dots.of(i);
     weights_.spread_boxes(b_.shares.data());
     for (int64_t e = 0; e < size; ++e) {
       const double weight = weights_.weight()[e];

@@ -15,7 +15,7 @@ template <class A, class E>
 struct Workspace {
   std::vector<A> storage, bias;  // bias: [tokens] of the window class at hand, zeros if there is none
   std::vector<E> operands;
-  std::vector<double> bias_sums, dots;  // [tokens, lanes] of the window class at hand: of dU, and of dU * Y
+  RowSums<A> bias_sums, dots;  // of dU and of dU * Y, of the window class at hand
   MixingBuffers<A> mixing;
   std::vector<GroupMixing<A, E>> groups;  // of a forward
 
