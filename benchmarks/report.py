@@ -35,14 +35,15 @@ MODEL_NAMES = {
 
 def load(name: str) -> dict:
     """One of the committed results: "cpu", "cpu_bf16" (the gate), "cpu_models" or "cpu_compiled", or the same
-    of another processor, "xeon" and so on; "avx2" has neither "_bf16" nor "_compiled"."""
+    of another processor, "xeon" and so on; "avx2" has neither "_bf16" nor "_compiled", "zen4" no "_bf16"."""
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
 def load_cpu() -> dict[str, dict]:
     """The CPU's results by their names."""
     all_kinds = [of + kind for of in ("cpu", "xeon") for kind in ("", "_bf16", "_models", "_compiled")]
-    return {name: load(name) for name in (*all_kinds, "avx2", "avx2_models")}
+    others = ("zen4", "zen4_models", "zen4_compiled", "avx2", "avx2_models")
+    return {name: load(name) for name in (*all_kinds, *others)}
 
 
 def fill(text: str, cpu: dict[str, dict], runs: list[dict]) -> str:
@@ -60,6 +61,7 @@ def fill(text: str, cpu: dict[str, dict], runs: list[dict]) -> str:
         "memory": lambda: memory_table(gate),
         "ceilings": lambda: ceiling_table(gate),
         "targets": lambda: targets_of(cpu, "cpu"),
+        "targets_zen4": lambda: targets_of(cpu, "zen4"),
         "targets_xeon": lambda: targets_of(cpu, "xeon"),
         "targets_avx2": lambda: targets_of(cpu, "avx2"),
         "bfloat16_xeon": lambda: half_table(cpu["xeon_bf16"], cpu["xeon"]),
