@@ -80,15 +80,15 @@ class Gate {
     const int64_t size = ld_ * kPanel;
     const int64_t panels = for_each_panel(window, unit, unit + 1, [&](int64_t index) {
       if (index == 0) begin_class(window, mixing);
-      const int64_t slot = index % kPanels;
-      A* du = du_ + (table_gradient_ ? 0 : slot * size);
+      const int64_t slot = table_gradient_ ? 0 : index % kPanels;
+      A* du = du_ + slot * size;
       if (panel_.columns < kPanel) clear({{x1_, size}, {du, size}, {y_, kTile}, {done_, kTile}});
       load_x1(window, slope1_);
       if (table_gradient_ && call_.softmax) centre_columns(x1_, window.tokens, mean_);
       backward_panel_to_x2(window, du);
       backward_panel_to_x1(window, du);
       if (!mixing) return;
-      if (table_gradient_) return add_table_gradient(window, slot);
+      if (table_gradient_) return table_gradient_->add(du, x1_, panel_.columns);
       transpose(x1_, kPanel, x1_columns_ + slot * size, ld_, round_up(window.tokens, kLanes), kPanel);
       if (slot + 1 == kPanels || next_panel_.columns == 0) add_mixing_gradient(window, slot + 1);
     });
@@ -190,22 +190,6 @@ class Gate {
         store_as(lanes, dx1(k) + c, slope ? sum * load_as<A>(lanes, slope + k * kPanel + c) : sum);
       });
     });
-  }
-
-  // Pairs are of columns here, and those of kPanels panels side by side as wide as one panel.
-  void add_table_gradient(const Window& window, int64_t slot) {
-    if constexpr (!kIsPaired) {
-      table_gradient_->add(du_, x1_, panel_.columns);
-    } else {
-      static_assert(kPanels == kDepthOf<E>);
-      const int64_t steps = (slot + 1) * kPanel / kPanels, rest = kPanel - steps;
-      for (int64_t k = 0; k < window.tokens; ++k)
-        for (const auto& [from, to] : {std::pair(du_, left_), std::pair(x1_, right_)}) {
-          operands_along_rows<E>(from + k * kPanel, kPanel, to + k * kPanel + slot * kPanel / kPanels);
-          std::fill_n(to + k * kPanel + steps, rest, E{});
-        }
-      if (rest == 0 || next_panel_.columns == 0) table_gradient_->add(left_, right_, steps);
-    }
   }
 
   // dP += dU X1^T over the last panels.
@@ -409,7 +393,7 @@ class Gate {
   Mixing<A, E> mixing_;
   Panel panel_, next_panel_;  // the one at hand and the one after it
   GroupMixing<A, E>* group_ = nullptr;  // of the panel at hand
-  TableGradient<A, E>* table_gradient_ = nullptr;  // of a backward's group and windows, if that is how to find it
+  TableGradient<A>* table_gradient_ = nullptr;  // of a backward's group and windows, if that is how to find it
   Wanted wanted_;
   std::vector<std::vector<int32_t>> active_;
   // Panels [tokens, kPanel], and kPanels of them for dP: dU, and X1 with tokens side by side.

@@ -26,16 +26,13 @@ struct OperandOf<Bfloat16> {
 template <class E>
 constexpr int kDepthOf = std::is_floating_point_v<E> ? 1 : 2;  // numbers in a step
 
-// A vector of operands, and sum + weight * operands for one weight or one for each.
+// A vector of operands, and sum + weight * operands for one weight.
 template <class E>
 struct Operands {
   Vec<E> values;
   Operands() = default;
   explicit Operands(const E* p) : values(load<E>(p)) {}
   __attribute__((always_inline)) Vec<E> times(E weight, Vec<E> sum) const { return sum + weight * values; }
-  __attribute__((always_inline)) Vec<E> times(const Operands& weights, Vec<E> sum) const {
-    return sum + weights.values * values;
-  }
 };
 #ifdef POSMLP_BF16_DOT
 // bfloat16's bits in words of 32, and the pairs (first[i], second[i]).
@@ -69,9 +66,6 @@ struct Operands<Pair> {
     int32_t bits;
     __builtin_memcpy(&bits, &weight, sizeof bits);
     return (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(bits), values);
-  }
-  __attribute__((always_inline)) Vec<float> times(const Operands& weights, Vec<float> sum) const {
-    return (Vec<float>)_mm512_dpbf16_ps((__m512)sum, weights.values, values);
   }
 };
 #endif

@@ -28,11 +28,11 @@ class Mixing {
 
   void add_gradient(int64_t part, const A* dp, int64_t ld) { gradient_.add(part, dp, ld); }
   // What finds the table's gradient without dP, where that can be.
-  TableGradient<A, E>* table_gradient() { return table_gradient_.applies() ? &table_gradient_ : nullptr; }
+  TableGradient<A>* table_gradient() { return kDepthOf<E> == 1 && table_gradient_.applies() ? &table_gradient_ : nullptr; }
 
  private:
   Weights<A> weights_;
   Packing<A, E> packing_;
   MixingGradient<A> gradient_;
-  TableGradient<A, E> table_gradient_;
+  TableGradient<A> table_gradient_;
 };

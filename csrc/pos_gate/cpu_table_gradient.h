@@ -81,10 +81,9 @@ struct TilePairs {
   int64_t planes, rows, plane_stride, row_stride;
 };
 
-// to[s - r + kQueries - 1] += left[r, :] . right[s, :] for the queries r and keys s of two tiles, over all such pairs. Both
-// have rows of kPanel, of which some vectors count.
-template <class A, class E, int kQueries, int kKeys>
-__attribute__((noinline)) void correlate_tiles(const E* left, const E* right, const TilePairs& pairs, int64_t vectors,
+// to[s - r + kQueries - 1] += left[r, :] . right[s, :] for the queries r and keys s of two tiles, over all such pairs.
+template <class A, int kQueries, int kKeys>
+__attribute__((noinline)) void correlate_tiles(const A* left, const A* right, const TilePairs& pairs, int64_t vectors,
                                                double* to) {
   constexpr int kLanes = VectorOf<A>::kLanes, kSums = kQueries + kKeys - 1, kPanel = kPanelOf<A>;
   // Displacements with most pairs have more sums than one, so that none waits for itself too often.
@@ -98,19 +97,18 @@ __attribute__((noinline)) void correlate_tiles(const E* left, const E* right, co
     for (int64_t first = 0; first < vectors; first += kTogether) {
       Vec<A> sums[kParts][kSums] = {};
       for (int64_t v = first; v < std::min(vectors, first + kTogether); ++v) {
-        const E *queries = left + v * kLanes, *keys = right + v * kLanes;
+        const A *queries = left + v * kLanes, *keys = right + v * kLanes;
         for (int64_t row = 0; row < pairs.rows; ++row, queries += pairs.row_stride, keys += pairs.row_stride) {
-          Operands<E> query[kQueries];
+          Vec<A> query[kQueries];
 #pragma GCC unroll 16
-          for (int r = 0; r < kQueries; ++r) query[r] = Operands<E>(queries + r * kPanel);
+          for (int r = 0; r < kQueries; ++r) query[r] = load<A>(queries + r * kPanel);
 #pragma GCC unroll 16
           for (int s = 0; s < kKeys; ++s) {
-            const Operands<E> key(keys + s * kPanel);
+            const Vec<A> key = load<A>(keys + s * kPanel);
 #pragma GCC unroll 16
             for (int r = 0; r < kQueries; ++r) {
               const int sum = s - r + kQueries - 1;
-              Vec<A>& to_sum = sums[sum >= kFirst && sum <= kLast ? r % kParts : 0][sum];
-              to_sum = query[r].times(key, to_sum);
+              sums[sum >= kFirst && sum <= kLast ? r % kParts : 0][sum] += query[r] * key;
             }
           }
         }
@@ -126,15 +124,15 @@ __attribute__((noinline)) void correlate_tiles(const E* left, const E* right, co
     for (int d = 0; d < kLanes; d += kDoubles) store(to + d, load<double>(to + d) + load_wide(each + d));
   }
 }
-template <class E>
-using Correlate = void (*)(const E*, const E*, const TilePairs&, int64_t, double*);
-template <class A, class E, int kQueries = kTileRows, int kKeys = kTileRows>
-inline Correlate<E> correlate_for(int64_t queries, int64_t keys) {
+template <class A>
+using Correlate = void (*)(const A*, const A*, const TilePairs&, int64_t, double*);
+template <class A, int kQueries = kTileRows, int kKeys = kTileRows>
+inline Correlate<A> correlate_for(int64_t queries, int64_t keys) {
   if constexpr (kQueries > kLeastRows)
-    if (queries < kQueries) return correlate_for<A, E, kQueries - 1, kKeys>(queries, keys);
+    if (queries < kQueries) return correlate_for<A, kQueries - 1, kKeys>(queries, keys);
   if constexpr (kKeys > kLeastRows)
-    if (keys < kKeys) return correlate_for<A, E, kQueries, kKeys - 1>(queries, keys);
-  if constexpr (kTilesKeepToRows) return correlate_tiles<A, E, kQueries, kKeys>;
+    if (keys < kKeys) return correlate_for<A, kQueries, kKeys - 1>(queries, keys);
+  if constexpr (kTilesKeepToRows) return correlate_tiles<A, kQueries, kKeys>;
   return nullptr;
 }
 
@@ -142,7 +140,7 @@ struct TableGradientBuffers {
   std::vector<double> sums, shares;
 };
 
-template <class A, class E>
+template <class A>
 class TableGradient {
  public:
   TableGradient(const Call& call, const Weights<A>& weights, TableGradientBuffers& buffers)
@@ -176,9 +174,9 @@ class TableGradient {
             for (int64_t d1 = 1 - box[1]; d1 < box[1]; ++d1) meet(tiles[i], tiles[j], d0, d1, box[1] - std::abs(d1));
   }
 
-  // The part of as many steps, of dU and X1 as operands [tokens, kPanel].
-  void add(const E* du, const E* x1, int64_t steps) {
-    const int64_t vectors = divide_up(steps, int64_t(VectorOf<A>::kLanes));
+  // A panel's part, of dU and X1 [tokens, kPanel].
+  void add(const A* du, const A* x1, int64_t columns) {
+    const int64_t vectors = divide_up(columns, int64_t(VectorOf<A>::kLanes));
     for (const Meeting& meeting : meetings_)
       meeting.correlate(du, x1, meeting.pairs, vectors, &b_.sums[meeting.entry]);
   }
@@ -205,7 +203,7 @@ class TableGradient {
   struct Meeting {
     TilePairs pairs;
     int64_t entry;  // of the table: that of the last query and the first key
-    Correlate<E> correlate;
+    Correlate<A> correlate;
   };
 
   const Window& window() const { return weights_.window(); }
@@ -227,7 +225,7 @@ class TableGradient {
                      std::max<int64_t>(0, d0) * plane + std::max<int64_t>(0, d1) * row + keys.first * kPanel,
                      box[0] - std::abs(d0), pairs, plane, is_line() ? queries.rows() * kPanel : row};
     meeting.entry = entry;
-    meeting.correlate = correlate_for<A, E>(queries.rows(), keys.rows());
+    meeting.correlate = correlate_for<A>(queries.rows(), keys.rows());
   }
 
   const Call& call_;
