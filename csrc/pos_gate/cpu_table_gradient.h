@@ -3,7 +3,7 @@
 // Equation: P(i, j) = scale(i) * weight(j - i), and dP(i, j) = dU(i) . X1(j), a sum over columns. With dU scaled like its
 // rows of P, and Y as the product leaves it, unscaled, the table's gradient is
 //   dR(d) = sum over i of dU(i) . X1(i + d)                                             without a softmax,
-//   dR(d) = weight(d) * sum over i of dU(i) . X1(i + d) - scale(i) * (dU(i) . Y(i))     under one,
+//   dR(d) = weight(d) * sum over i of (dU(i) . X1(i + d) - scale(i) * dU(i) . Y(i))     under one,
 // where i and i + d are tokens of the window: a correlation, of which a softmax takes off what all keys have in common.
 //
 // Tiling: a queries and b keys, each side by side in a row of tokens, are only a + b - 1 displacements apart: of 7 and 7
@@ -89,7 +89,7 @@ __attribute__((noinline)) void correlate_tiles(const A* left, const A* right, co
   // Displacements with most pairs have more sums than one, so that none waits for itself too often.
   constexpr int kShorter = std::min(kQueries, kKeys);
   constexpr int kParts = kShorter <= 3 ? 3 : 2, kFirst = kShorter <= 3 ? 0 : kShorter - 2, kLast = kSums - 1 - kFirst;
-  constexpr int kTogether = std::max(1, 64 / kVectorBytes);
+  constexpr int kTogether = std::max(1, 64 / kVectorBytes);  // vectors, before sums go to the totals
   Vec<A> totals[round_up(kSums, kLanes)] = {};  // of sums so short that they round little
   left += pairs.left;
   right += pairs.right;
