@@ -6,6 +6,9 @@
 // 24, 32 or 48 channels leave a remainder. With AVX2 it is 4 x 3 and 3 x 3, which together make 7. A sum's order is that
 // of its steps, so results do not depend on how the work is cut.
 //
+// Near the end of what a tile's rows reach, few of them have a weight that counts. Where that are its first or its last
+// three, a step takes but these: 9 multiply-adds instead of 21.
+//
 // What is multiplied are numbers of the accumulation type or, where the processor multiplies bfloat16, pairs of it: two
 // numbers that follow each other in the sum, here called a step, in the place of one.
 // No include guard: every instruction set compiles this text anew, inside its own namespace and target options.
@@ -26,12 +29,13 @@ struct OperandOf<Bfloat16> {
 template <class E>
 constexpr int kDepthOf = std::is_floating_point_v<E> ? 1 : 2;  // numbers in a step
 
-// A vector of operands, and sum + weight * operands for one weight.
+// A vector of operands, and sum + weight * operands for one weight. It is read once: for three rows GCC would read it from
+// memory three times.
 template <class E>
 struct Operands {
   Vec<E> values;
   Operands() = default;
-  explicit Operands(const E* p) : values(load<E>(p)) {}
+  explicit Operands(const E* p) : values(load<E>(p)) { POSMLP_KEEP(values); }
   __attribute__((always_inline)) Vec<E> times(E weight, Vec<E> sum) const { return sum + weight * values; }
 };
 #ifdef POSMLP_BF16_DOT
@@ -61,7 +65,10 @@ template <>
 struct Operands<Pair> {
   __m512bh values;
   Operands() = default;
-  explicit Operands(const Pair* p) { __builtin_memcpy(&values, p, sizeof values); }
+  explicit Operands(const Pair* p) {
+    __builtin_memcpy(&values, p, sizeof values);
+    POSMLP_KEEP(values);
+  }
   __attribute__((always_inline)) Vec<float> times(Pair weight, Vec<float> sum) const {
     int32_t bits;
     __builtin_memcpy(&bits, &weight, sizeof bits);
@@ -107,82 +114,111 @@ struct Run {
   int32_t count, stride;
 };
 
+// Which rows of a tile the steps of a run are for.
+enum Rows { kAllRows, kFirstRows, kLastRows, kRowKinds };
+
+// How many rows are the first ones of a tile, or the last ones; of a low tile none, for which a step costs little anyway.
+constexpr int few_of(int64_t rows) { return rows >= 6 ? int(rows / 2) : 0; }
+
 // P or its transpose, cut into tiles. Only what matters is there: for each tile the steps in which any of its rows has a
 // weight worth adding.
 template <class E>
 struct Packed {
-  std::vector<int32_t> begin;  // [tiles + 1], into `runs`
+  std::vector<int32_t> begin;  // [tiles, kRowKinds] and the end, into `runs`
   std::vector<Run> runs;       // with room for more: `count` of them
   std::vector<E> weights;      // where the runs have theirs
   int32_t count = 0;
   std::vector<int32_t> steps;  // of each tile
   int32_t most_steps = 0;
 
-  int64_t tiles() const { return int64_t(begin.size()) - 1; }
+  int64_t tiles() const { return int64_t(steps.size()); }
+  const int32_t* runs_of(int64_t tile) const { return &begin[tile * kRowKinds]; }  // [kRowKinds + 1]
   void clear() {  // but for the weights, which their packing writes anew
     begin.assign(1, 0);
     steps.clear();
     count = most_steps = 0;
   }
-  void add(int64_t at, int64_t row, int64_t steps, int64_t stride) {
+  void add(Rows rows, int64_t at, int64_t row, int64_t steps, int64_t stride) {
     if (size_t(count) == runs.size()) runs.resize(2 * runs.size() + 64);
-    Run& run = runs[count++];  // filled in place: a copy would wait for the single stores
-    run.at = at;
+    Run& run = rows == kAllRows ? runs[count++] : few_[rows].emplace_back();
+    run.at = at;  // in place: a copy would wait for the single stores
     run.row = int32_t(row);
     run.count = int32_t(steps);
     run.stride = int32_t(stride);
   }
   size_t bytes() const { return weights.size() * sizeof(E) + runs.size() * sizeof(Run); }
+  // The last run of all rows.
   Run* last_of_tile() { return count > begin.back() ? &runs[count - 1] : nullptr; }
+  bool has_tile() const { return count > begin.back() || !few_[kFirstRows].empty() || !few_[kLastRows].empty(); }
   void end_tile() {  // which has a run at least
+    const int32_t first = begin.back();
+    for (const Rows rows : {kFirstRows, kLastRows}) {
+      begin.push_back(count);
+      for (const Run& run : few_[rows]) add(kAllRows, run.at, run.row, run.count, run.stride);  // behind those
+      few_[rows].clear();
+    }
+    begin.push_back(count);
     int32_t sum = 0;
-    for (int32_t run = begin.back(); run < count; ++run) sum += runs[run].count;
+    for (int32_t run = first; run < count; ++run) sum += runs[run].count;
     steps.push_back(sum);
     most_steps = std::max(most_steps, sum);
-    begin.push_back(count);
   }
+
+ private:
+  std::vector<Run> few_[kRowKinds];  // of the tile at hand
 };
 
 #ifdef POSMLP_AMX
 #include "cpu_gemm_amx.h"  // multiply_tile and add_outer_tile by other instructions
 #else
-// to[r, :] = sum over the steps of some runs of weight[r] * from[row, :]; both have rows of kPanel, of which kVectors
-// vectors count and, if kHalf, half of the next. Meanwhile the wanted cache lines are asked for.
+// to[r, :] = sum over the steps of some runs of weight[r] * from[row, :], of each kind of rows from begin[kind] to
+// begin[kind + 1]; both have rows of kPanel, of which kVectors vectors count and, if kHalf, half of the next. Meanwhile
+// the wanted cache lines are asked for. Loops over registers are unrolled early: else three sums leave them in between.
 template <class A, class E, int kAsks, int kRows, int kVectors, bool kHalf>
-__attribute__((noinline)) void multiply_tile(const Run* run, const Run* last, const E* all_weights, const E* from, A* to,
-                                             Wanted& wanted) {
-  constexpr int kLanes = VectorOf<A>::kLanes, kPanel = kTileVectors * kLanes;
+__attribute__((noinline)) void multiply_tile(const Run* runs, const int32_t* begin, const E* all_weights, const E* from,
+                                             A* to, Wanted& wanted) {
+  constexpr int kLanes = VectorOf<A>::kLanes, kPanel = kTileVectors * kLanes, kFew = few_of(kRows);
   Vec<A> sums[kRows][kVectors];
   Vec<A, kLanes / 2> halves[kRows];
-  for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < kVectors; ++v) sums[r][v] = Vec<A>{};
+  POSMLP_UNROLL for (int r = 0; r < kRows; ++r) {
+    POSMLP_UNROLL for (int v = 0; v < kVectors; ++v) sums[r][v] = Vec<A>{};
     if (kHalf) halves[r] = Vec<A, kLanes / 2>{};
   }
   Wanted::Queue queue = wanted.queue;
-  do {
-    const E *operands = from + run->row, *weights = all_weights + run->at;
-    const int64_t stride = run->stride;
-    int32_t steps = run->count;
-    if constexpr (!kStepsAsk) queue.ask_for_run(steps);
-    do {
-      if constexpr (kStepsAsk)
-        for (int i = 0; i < kAsks; ++i) queue.ask<(kAsks > 1)>();
-      Operands<E> vectors[kVectors];
-      for (int v = 0; v < kVectors; ++v) vectors[v] = Operands<E>(operands + v * kLanes);
-      for (int r = 0; r < kRows; ++r)
-        for (int v = 0; v < kVectors; ++v) sums[r][v] = vectors[v].times(weights[r], sums[r][v]);
-      if constexpr (kHalf) {
-        const auto half = load<E, kLanes / 2>(operands + kVectors * kLanes);
-        for (int r = 0; r < kRows; ++r) halves[r] += weights[r] * half;
-      }
-      operands += kPanel;
-      weights += stride;
-    } while (--steps > 0);
-  } while (++run <= last);
+  const auto add = [&](auto first, auto last, Rows kind) __attribute__((always_inline)) {
+    constexpr int kFirst = first, kLast = last;
+    for (const Run *run = runs + begin[kind], *const end = runs + begin[kind + 1]; run < end; ++run) {
+      const E *operands = from + run->row, *weights = all_weights + run->at;
+      const int64_t stride = run->stride;
+      int32_t steps = run->count;
+      if constexpr (!kStepsAsk) queue.ask_for_run(steps);
+      do {
+        if constexpr (kStepsAsk)
+          for (int i = 0; i < kAsks; ++i) queue.ask<(kAsks > 1)>();
+        Operands<E> vectors[kVectors];
+        POSMLP_UNROLL for (int v = 0; v < kVectors; ++v) vectors[v] = Operands<E>(operands + v * kLanes);
+        POSMLP_UNROLL for (int r = kFirst; r < kLast; ++r)
+          POSMLP_UNROLL for (int v = 0; v < kVectors; ++v) sums[r][v] = vectors[v].times(weights[r], sums[r][v]);
+        if constexpr (kHalf) {
+          const auto half = load<E, kLanes / 2>(operands + kVectors * kLanes);
+          POSMLP_UNROLL for (int r = kFirst; r < kLast; ++r) halves[r] += weights[r] * half;
+        }
+        operands += kPanel;
+        weights += stride;
+      } while (--steps > 0);
+    }
+  };
+  constexpr std::integral_constant<int, 0> none;
+  constexpr std::integral_constant<int, kRows> all;
+  add(none, all, kAllRows);
+  if constexpr (kFew > 0) {
+    add(none, std::integral_constant<int, kFew>(), kFirstRows);
+    add(std::integral_constant<int, kRows - kFew>(), all, kLastRows);
+  }
   wanted.queue = queue;
-  for (int r = 0; r < kRows; ++r, to += kPanel) {
-    for (int v = 0; v < kVectors; ++v) store(to + v * kLanes, sums[r][v]);
-    if (kHalf) store(to + kVectors * kLanes, halves[r]);
+  POSMLP_UNROLL for (int r = 0; r < kRows; ++r) {
+    POSMLP_UNROLL for (int v = 0; v < kVectors; ++v) store(to + r * kPanel + v * kLanes, sums[r][v]);
+    if (kHalf) store(to + r * kPanel + kVectors * kLanes, halves[r]);
   }
 }
 #endif
@@ -190,7 +226,7 @@ __attribute__((noinline)) void multiply_tile(const Run* run, const Run* last, co
 // That for a tile's rows, and as many vectors as the columns take. Half a vector is half the work where AVX-512 is done
 // in halves.
 template <class A, class E>
-using Multiply = void (*)(const Run*, const Run*, const E*, const E*, A*, Wanted&);
+using Multiply = void (*)(const Run*, const int32_t*, const E*, const E*, A*, Wanted&);
 template <class A, class E, int kAsks, int kRows = kTileRows>
 inline Multiply<A, E> multiply_for(int64_t rows, int64_t columns) {
   if constexpr (kRows > kLeastRows)
@@ -211,17 +247,20 @@ static_assert(kTileVectors == 3);
 template <class A, class E>
 inline void multiply(Multiply<A, E> multiply_runs, const Packed<E>& packed, int64_t tile, const E* from, A* to,
                      Wanted& wanted) {
-  const Run *run = &packed.runs[packed.begin[tile]], *const last = &packed.runs[packed.begin[tile + 1] - 1];
-  const E* weights = packed.weights.data();
-  if (packed.most_steps <= kMostSteps) return multiply_runs(run, last, weights, from, to, wanted);
+  const Run* const runs = packed.runs.data();
+  const int32_t* const begin = packed.runs_of(tile);
+  const E* const weights = packed.weights.data();
+  if (packed.most_steps <= kMostSteps) return multiply_runs(runs, begin, weights, from, to, wanted);
   constexpr int64_t kTile = kTileRows * kPanelOf<A>;
   A sums[kTile] = {};
-  for (bool first = true; run <= last; first = false) {
-    const Run* const begin = run;
-    int64_t steps = run++->count;
-    while (run <= last && steps + run->count <= kMostSteps) steps += run++->count;
-    multiply_runs(begin, run - 1, weights, from, first ? to : sums, wanted);
-    if (!first)
+  for (int32_t run = begin[0], last = begin[kRowKinds]; run < last;) {
+    const int32_t first = run;
+    int64_t steps = runs[run++].count;
+    while (run < last && steps + runs[run].count <= kMostSteps) steps += runs[run++].count;
+    int32_t part[kRowKinds + 1];
+    for (int k = 0; k <= kRowKinds; ++k) part[k] = std::clamp(begin[k], first, run);
+    multiply_runs(runs, part, weights, from, first == begin[0] ? to : sums, wanted);
+    if (first > begin[0])
       for (int64_t i = 0; i < kTile; ++i) to[i] += sums[i];
   }
 }

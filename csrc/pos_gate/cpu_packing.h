@@ -7,7 +7,7 @@
 template <class A>
 struct PackingBuffers {
   std::vector<double> entries;
-  std::vector<A> peak, low_peak, mirrored_limit;
+  std::vector<A> peak, low_peak, most_peak, mirrored_limit;
 };
 
 // E: what the products multiply.
@@ -32,7 +32,7 @@ class Packing {
         pack_shared<kRows>(packed, tile);
       else
         pack_tile<kRows>(packed, tile);
-      if (!packed.last_of_tile()) add_zeros(packed);
+      if (!packed.has_tile()) add_zeros(packed);
       packed.end_tile();
     }
   }
@@ -64,13 +64,18 @@ class Packing {
 
   // The largest |entry| among as many from each one on as a tile has rows, or a lower one.
   void find_peaks(const double* entries, int64_t size) {
-    b_.peak.resize(size + kLanes);  // there is room for it
-    for (size_t e = 0; e < b_.peak.size(); ++e)  // NaN is to be seen
+    b_.peak.assign(size + kLanes + kTileRows, A(0));  // vectors begin up to a tile's rows late
+    for (int64_t e = 0; e < size; ++e)                // NaN is to be seen
       b_.peak[e] = A(entries[e] == entries[e] ? std::abs(entries[e]) : std::numeric_limits<double>::infinity());
     const int64_t rows = window().tiles.back().rows();  // no tile is higher
-    widen_peaks(b_.peak, 1, rows - 1);
+    const int64_t most = rows - few_of(rows), low = std::max<int64_t>(1, rows - 1);
+    if (most < low) {
+      widen_peaks(b_.peak, 1, most);
+      b_.most_peak = b_.peak;
+    }
+    widen_peaks(b_.peak, most < low ? most : 1, low);
     b_.low_peak = b_.peak;
-    widen_peaks(b_.peak, std::max<int64_t>(1, rows - 1), rows);
+    widen_peaks(b_.peak, low, rows);
   }
 
   // Each is the largest of `reach` entries from there on, and becomes the largest of `wanted`.
@@ -83,32 +88,54 @@ class Packing {
   }
 
   // A tile that finds its weights in the shared table. Of each row of the tokens that are summed over, or each 64 of them,
-  // it takes what lies between the first and the last that count.
+  // it takes what lies between the first and the last that count: for its first rows until others count too, from where
+  // none but its last rows count for these.
   template <bool kRows>
   void pack_shared(Packed<E>& packed, const Tile& tile) const {
     const int64_t *place = window().place.data(), length = window().cls.box[2], tokens = window().tokens;
     const int64_t origin = weights_.centre() + place[tile.first];
+    // A panel of longer sums lies in the second-level cache, which had better be read once and in order.
+    const int64_t few = divide_up(tokens, kDepth) <= kMostSteps ? few_of(tile.rows()) : 0;
     const A* const peak = (tile.rows() == window().tiles.back().rows() ? b_.peak : b_.low_peak).data() + origin;
+    const A* const most_peak = few > 0 ? b_.most_peak.data() + origin : nullptr;
     const A *const limit = weights_.limit(), *const mirrored_limit = b_.mirrored_limit.data() + (kRows ? 0 : tokens);
     const auto least = fill<Vec<A>>(*std::min_element(limit + tile.first, limit + tile.last));
     int64_t done = 0;  // steps
     for (int64_t row = 0, end = length; row < tokens; row = end, end += length)
       for (int64_t begin = row, count; begin < end; begin += count) {
         count = std::min<int64_t>(64, end - begin);
-        // A bit for each, the last token's first. No branches: where runs end no processor foresees.
+        // A bit for each, the last token's first: whether any row counts, any but the first ones, any but the last ones.
+        // No branches: where runs end no processor foresees.
         const int64_t first = begin + count;
-        uint64_t counts = 0;
-        for (int64_t i = 0; i < count; i += kLanes)
-          counts |= bits_of(load<A>(peak - place[first - 1] + i) > (kRows ? least : load<A>(mirrored_limit - first + i)))
-                    << i;
+        uint64_t counts = 0, not_first = 0, not_last = 0;
+        for (int64_t i = 0; i < count; i += kLanes) {
+          const auto limits = kRows ? least : load<A>(mirrored_limit - first + i);
+          const int64_t entry = i - place[first - 1];
+          counts |= bits_of(load<A>(peak + entry) > limits) << i;
+          if (few == 0) continue;
+          not_first |= bits_of(load<A>(most_peak + entry + few) > limits) << i;
+          not_last |= bits_of(load<A>(most_peak + entry) > limits) << i;
+        }
         counts &= ~uint64_t(0) >> (64 - count);
         if (counts == 0) continue;
-        const int64_t from = first - 64 + __builtin_clzll(counts), to = first - __builtin_ctzll(counts);
-        const int64_t last = divide_up(to, kDepth), inner = std::min(last, end / kDepth);
+        const auto first_of = [=](uint64_t bits) { return first - 64 + __builtin_clzll(bits); };
+        const auto end_of = [=](uint64_t bits) { return first - __builtin_ctzll(bits); };
+        const int64_t from = first_of(counts), to = end_of(counts);
+        const int64_t last = divide_up(to, kDepth);
         int64_t step = std::max(from / kDepth, done);
         // A pair of which one lies in another row has weights of its own.
         if (kDepth > 1 && step < divide_up(row, kDepth)) add_step<kRows>(packed, tile, step++);
-        if (step < inner) packed.add(origin - place[step * kDepth], step * kPanelOf<A>, inner - step, -kDepth);
+        const int64_t inner = std::max(step, std::min(last, end / kDepth));
+        not_first = few > 0 ? not_first & counts : counts;
+        not_last = few > 0 ? not_last & counts : counts;
+        const int64_t all_begin = not_first ? std::clamp(first_of(not_first) / kDepth, step, inner) : inner;
+        const int64_t all_end = not_last ? std::clamp(divide_up(end_of(not_last), kDepth), all_begin, inner) : all_begin;
+        const auto add = [&](Rows rows, int64_t begin, int64_t end) {
+          if (begin < end) packed.add(rows, origin - place[begin * kDepth], begin * kPanelOf<A>, end - begin, -kDepth);
+        };
+        add(kFirstRows, step, all_begin);
+        add(kAllRows, all_begin, all_end);
+        add(kLastRows, all_end, inner);
         if (kDepth > 1 && inner < last) add_step<kRows>(packed, tile, inner);
         done = last;
       }
@@ -121,7 +148,7 @@ class Packing {
 
   // A tile without a weight that counts.
   static void add_zeros(Packed<E>& packed) {
-    packed.add(int64_t(packed.weights.size()), 0, 1, 0);
+    packed.add(kAllRows, int64_t(packed.weights.size()), 0, 1, 0);
     packed.weights.insert(packed.weights.end(), kTileRows, E{});
   }
 
@@ -151,7 +178,7 @@ class Packing {
     if (follows)
       ++run->count;
     else
-      packed.add(at, row, 1, kTileRows);
+      packed.add(kAllRows, at, row, 1, kTileRows);
   }
 
   const int64_t table_size_;

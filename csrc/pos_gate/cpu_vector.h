@@ -1,6 +1,13 @@
 // Vectors of W lanes through the compiler's vector extension, and the few functions of them that the gate needs.
 // No include guard: every instruction set compiles this text anew, inside its own namespace and target options.
 
+#define POSMLP_UNROLL _Pragma("GCC unroll 16")  // all of a short loop
+#if defined(__x86_64__) && defined(__GNUC__)
+#define POSMLP_KEEP(v) __asm__("" : "+v"(v))  // in a register from here on
+#else
+#define POSMLP_KEEP(v) (void)(v)
+#endif
+
 // L numbers side by side; without L, as many as a register holds.
 template <class A, int L = kVectorBytes / int(sizeof(A))>
 struct VectorOf {
