@@ -69,7 +69,7 @@ gpu:  ## build, test, sanitize and measure on this machine's GPU, in ten minutes
 
 sanitize:  ## the C++ kernels, and the CUDA ones on an emulated device, under AddressSanitizer and UndefinedBehaviorSanitizer
 	mkdir -p build/sanitize
-	$(CXX) $(SANITIZE) -DPOSMLP_AMX_EMULATED -Icsrc/pos_gate -Itests/csrc tests/csrc/test_kernels.cpp $(filter-out %cpu_ops.cpp,$(wildcard csrc/pos_gate/cpu_*.cpp)) -o build/sanitize/test_kernels
+	$(CXX) $(SANITIZE) -pthread -DPOSMLP_AMX_EMULATED -Icsrc/pos_gate -Itests/csrc tests/csrc/test_kernels.cpp $(filter-out %cpu_ops.cpp,$(wildcard csrc/pos_gate/cpu_*.cpp)) -o build/sanitize/test_kernels
 	build/sanitize/test_kernels
 	$(CXX) $(SANITIZE) -Icsrc/pos_gate -Itests/csrc tests/csrc/test_emulator.cpp -o build/sanitize/test_emulator
 	build/sanitize/test_emulator

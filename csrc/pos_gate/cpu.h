@@ -1,6 +1,7 @@
 // The CPU back end's seam: what the op hands to the kernels, and the kernels of each instruction set.
 #pragma once
 
+#include "cpu_deal.h"
 #include "shape.h"
 
 namespace posmlp::cpu {
@@ -39,6 +40,7 @@ struct Call {
   int64_t blocks;                                        // of groups
   bool streams;                                          // whether a forward asks for them as a whole
   int64_t norm_blocks;
+  Deal* deals;  // of the units: for each class of windows in a forward, of all in a backward
 
   // Work is cut into units, a group and a share of its columns: block by block, and of a block the groups of one share
   // after the other. Where sums cross units all of that is fixed by the shape and never by the number of threads, so that
@@ -54,8 +56,8 @@ struct Call {
 struct Kernels {
   const char* name;
   void (*statistics)(const Call&, int64_t first_token, int64_t last_token);
-  void (*forward)(const Call&, int64_t first_unit, int64_t last_unit);
-  void (*backward)(const Call&, int64_t first_unit, int64_t last_unit);
+  void (*forward)(const Call&, int64_t thread);  // what is dealt to it
+  void (*backward)(const Call&, int64_t thread);
   void (*norm_backward)(const Call&, int64_t first_block, int64_t last_block);
 };
 

@@ -10,6 +10,7 @@
   uint64_t((bytes) == 4 ? _mm512_movepi32_mask((__m512i)(v)) : _mm512_movepi64_mask((__m512i)(v)))
 #define POSMLP_F16C        // conversions of float16
 #define POSMLP_LANE_MASKS  // loads and stores of a vector's first lanes
+#define POSMLP_KEEP(v) __asm__("" : "+v"(v))
 
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), apply_to = function)

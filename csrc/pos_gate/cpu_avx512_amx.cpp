@@ -11,6 +11,7 @@
 
 #define POSMLP_F16C        // conversions of float16
 #define POSMLP_LANE_MASKS  // loads and stores of a vector's first lanes
+#define POSMLP_KEEP(v) __asm__("" : "+v"(v))
 #define POSMLP_BF16_DOT    // products and conversions of bfloat16
 #define POSMLP_AMX         // products of tiles of bfloat16
 
@@ -32,17 +33,17 @@ namespace {
 void statistics(const Call& call, int64_t first, int64_t last) { kAvx512Bf16.statistics(call, first, last); }
 void norm_backward(const Call& call, int64_t first, int64_t last) { kAvx512Bf16.norm_backward(call, first, last); }
 
-void forward(const Call& call, int64_t first, int64_t last) {
-  if (call.storage != Storage::bfloat16) return kAvx512Bf16.forward(call, first, last);
+void forward(const Call& call, int64_t thread) {
+  if (call.storage != Storage::bfloat16) return kAvx512Bf16.forward(call, thread);
   const FlushSubnormals flush;
   const TileRegisters registers;
-  Gate<Bfloat16>(call).forward(first, last);
+  Gate<Bfloat16>(call).forward(thread);
 }
-void backward(const Call& call, int64_t first, int64_t last) {
-  if (call.storage != Storage::bfloat16) return kAvx512Bf16.backward(call, first, last);
+void backward(const Call& call, int64_t thread) {
+  if (call.storage != Storage::bfloat16) return kAvx512Bf16.backward(call, thread);
   const FlushSubnormals flush;
   const TileRegisters registers;
-  Gate<Bfloat16>(call).backward(first, last);
+  Gate<Bfloat16>(call).backward(thread);
 }
 
 }  // namespace

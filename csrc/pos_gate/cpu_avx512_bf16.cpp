@@ -10,6 +10,7 @@
   uint64_t((bytes) == 4 ? _mm512_movepi32_mask((__m512i)(v)) : _mm512_movepi64_mask((__m512i)(v)))
 #define POSMLP_F16C        // conversions of float16
 #define POSMLP_LANE_MASKS  // loads and stores of a vector's first lanes
+#define POSMLP_KEEP(v) __asm__("" : "+v"(v))
 #define POSMLP_BF16_DOT    // products and conversions of bfloat16
 
 #ifdef __clang__

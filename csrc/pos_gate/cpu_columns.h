@@ -116,20 +116,19 @@ class Columns {
     }
   }
 
-  // Calls `work(index)` for each panel of the units' columns, one unit after the other, when it is `now`, and the one
-  // after it `next`. Returns how many there are.
-  template <class Work>
-  int64_t for_each_panel(const Window& window, int64_t first_unit, int64_t last_unit, Panel& now, Panel& next,
-                         Work&& work) const {
-    int64_t unit = first_unit, from = first(window, call_.share_of(unit));
+  // Calls `work(index)` for each panel of the columns of the units that `next_unit()` gives until it gives -1, when it is
+  // `now`, and the one after it `next`. Returns how many there are.
+  template <class NextUnit, class Work>
+  int64_t for_each_panel(const Window& window, NextUnit&& next_unit, Panel& now, Panel& next, Work&& work) const {
+    int64_t from = 0, end = 0;  // of the unit's columns
     const auto find_next = [&] {
-      while (unit < last_unit && from == first(window, call_.share_of(unit) + 1)) {
-        ++unit;
-        from = first(window, call_.share_of(unit));
+      for (int64_t unit; from == end && (unit = next_unit()) >= 0;) {
+        next.share = call_.share_of(unit);
+        next.group = call_.group_of(unit);
+        from = first(window, next.share);
+        end = first(window, next.share + 1);
       }
-      next.share = call_.share_of(unit);
-      next.group = call_.group_of(unit);
-      next.columns = unit < last_unit ? std::min(width_, first(window, next.share + 1) - from) : 0;
+      next.columns = std::min(width_, end - from);
       find(window, from, next);
       from += next.columns;
     };
@@ -137,6 +136,8 @@ class Columns {
     int64_t index = 0;
     for (; next.columns > 0; ++index) {
       std::swap(now, next);
+      next.share = now.share;
+      next.group = now.group;
       find_next();
       work(index);
     }

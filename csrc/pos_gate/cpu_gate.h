@@ -37,26 +37,29 @@ class Gate {
   }
   ~Gate() { workspace_.release_if_large(); }
 
-  void forward(int64_t first_unit, int64_t last_unit) {
+  void forward(int64_t thread) {
     Allotment<A> allot(workspace_.storage, ld_ * kPanel + 2 * kTile, 3);
     take(allot, {{&x1_, ld_ * kPanel}, {&y_, kTile}, {&done_, kTile}});
     Allotment<E> operands(workspace_.operands, kIsPaired ? ld_ / 2 * kPanel : 0, 1);
     take(operands, {{&factor_, kIsPaired ? ld_ / 2 * kPanel : 0}});
     if (int64_t(workspace_.groups.size()) < kept_groups()) workspace_.groups.resize(kept_groups());
     for (auto& group : workspace_.groups) group.window = nullptr;
-    for (const Window& window : windows_) {
+    for (size_t i = 0; i < windows_.size(); ++i) {
+      const Window& window = windows_[i];
+      Deal& deal = call_.deals[i];
       gather_bias(window);
       int64_t share = -1;
-      for_each_panel(window, first_unit, last_unit, [&](int64_t) {
+      for_each_panel(window, [&] { return deal.take(thread); }, [&](int64_t) {
         find_group(window);
-        if (call_.streams && std::exchange(share, panel_.share) != panel_.share) ask_for_next_share(window, last_unit);
+        if (call_.streams && std::exchange(share, panel_.share) != panel_.share)
+          ask_for_next_share(window, deal.end(thread));
         load_x1(window, nullptr);
         forward_panel(window);
       });
     }
   }
 
-  void backward(int64_t first_unit, int64_t last_unit) {
+  void backward(int64_t thread) {
     const bool mixing = call_.dtable_parts || call_.dmatrix_parts;
     const int64_t panel = ld_ * kPanel, matrix = mixing ? ld_ * ld_ : 0;
     Allotment<A> allot(workspace_.storage, (2 + 2 * kPanels) * panel + 2 * kTile + matrix + kPanel, 8);
@@ -65,7 +68,7 @@ class Gate {
     const int64_t pairs = kIsPaired ? panel / 2 : 0;
     Allotment<E> operands(workspace_.operands, (1 + 2 * kPanels) * pairs, 3);
     take(operands, {{&factor_, pairs}, {&left_, kPanels * pairs}, {&right_, kPanels * pairs}});
-    for (int64_t unit = first_unit; unit < last_unit; ++unit) {
+    for (int64_t unit; (unit = call_.deals->take(thread)) >= 0;) {
       clear_parts(unit);
       for (const Window& window : windows_) backward_class(window, unit);
     }
@@ -78,7 +81,8 @@ class Gate {
   void backward_class(const Window& window, int64_t unit) {
     const bool mixing = call_.dtable_parts || call_.dmatrix_parts;
     const int64_t size = ld_ * kPanel;
-    const int64_t panels = for_each_panel(window, unit, unit + 1, [&](int64_t index) {
+    int64_t left = unit;
+    const int64_t panels = for_each_panel(window, [&] { return std::exchange(left, -1); }, [&](int64_t index) {
       if (index == 0) begin_class(window, mixing);
       const int64_t slot = table_gradient_ ? 0 : index % kPanels;
       A* du = du_ + slot * size;
@@ -228,17 +232,18 @@ class Gate {
     for (int64_t k = 0; k < window.tokens; ++k) workspace_.bias[k] = bias ? bias[window.index[k]] : A(0);
   }
 
-  template <class Work>
-  int64_t for_each_panel(const Window& window, int64_t first_unit, int64_t last_unit, Work&& work) {
-    return columns_.for_each_panel(window, first_unit, last_unit, panel_, next_panel_, work);
+  template <class NextUnit, class Work>
+  int64_t for_each_panel(const Window& window, NextUnit&& next_unit, Work&& work) {
+    return columns_.for_each_panel(window, next_unit, panel_, next_panel_, work);
   }
 
-  // All rows of as many columns as are at hand, of those that follow: of each row of tokens X1 and X2, and Z.
+  // All rows of as many columns as are at hand, of those that follow before `last_unit`: of each row of tokens X1 and X2,
+  // and Z.
   void ask_for_next_share(const Window& window, int64_t last_unit) {
     const int64_t begin = columns_.first(window, panel_.share), end = columns_.first(window, panel_.share + 1);
-    const int64_t last = columns_.first(window, call_.share_of(last_unit - 1) + 1);
+    const int64_t last = last_unit > 0 ? columns_.first(window, call_.share_of(last_unit - 1) + 1) : 0;
     Panel next;
-    next.columns = std::min(end - begin, last - end);
+    next.columns = std::clamp<int64_t>(last - end, 0, end - begin);  // none where the unit was another thread's
     columns_.find(window, end, next);
     const int64_t length = window.cls.box[2], bytes = length * shape_.channels * int64_t(sizeof(T));
     std::vector<const void*> rows;

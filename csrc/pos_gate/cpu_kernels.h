@@ -73,11 +73,11 @@ void run(const Call& call, Work&& work) {
 void statistics(const Call& call, int64_t first, int64_t last) {
   run<Norm>(call, [=](auto& norm) { norm.statistics(first, last); });
 }
-void forward(const Call& call, int64_t first, int64_t last) {
-  run<Gate>(call, [=](auto& gate) { gate.forward(first, last); });
+void forward(const Call& call, int64_t thread) {
+  run<Gate>(call, [=](auto& gate) { gate.forward(thread); });
 }
-void backward(const Call& call, int64_t first, int64_t last) {
-  run<Gate>(call, [=](auto& gate) { gate.backward(first, last); });
+void backward(const Call& call, int64_t thread) {
+  run<Gate>(call, [=](auto& gate) { gate.backward(thread); });
 }
 void norm_backward(const Call& call, int64_t first, int64_t last) {
   run<Norm>(call, [=](auto& norm) { norm.backward(first, last); });

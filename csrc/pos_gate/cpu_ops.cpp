@@ -96,6 +96,16 @@ Tensor norm_statistics(const Arguments& a, Call& call, const Kernels& kernels) {
   return statistics;
 }
 
+// Runs a kernel on all units of a call, so many times, in as many threads as there are. Where parallel_for, inside of another,
+// has one thread alone, that takes all of them.
+void deal_out(Call& call, size_t times, void (*kernel)(const Call&, int64_t thread)) {
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), call.units());
+  std::vector<Deal> deals;
+  for (size_t i = 0; i < times; ++i) deals.emplace_back(call.units(), threads);
+  call.deals = deals.data();
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t) { kernel(call, first); });
+}
+
 Tensor forward(const Tensor& x, const MaybeTensor& table, const MaybeTensor& bias, const MaybeTensor& matrix,
                const MaybeTensor& norm_weight, const MaybeTensor& norm_bias, const Sizes& window, const Sizes& shift,
                bool softmax, int64_t activation, double eps) {
@@ -109,8 +119,7 @@ Tensor forward(const Tensor& x, const MaybeTensor& table, const MaybeTensor& bia
   call.streams = streams(a, bytes, division);
   call.z = z.mutable_data_ptr();
   const Tensor statistics = norm_statistics(a, call, kernels);
-  torch::stable::parallel_for(0, call.units(), 1,
-                              [&](int64_t first, int64_t last) { kernels.forward(call, first, last); });
+  deal_out(call, window_classes(a.shape).size(), kernels.forward);
   return z;
 }
 
@@ -158,8 +167,7 @@ Gradients backward(const Tensor& dz, const Tensor& x, const MaybeTensor& table, 
 
   const Kernels& kernels = choose_kernels();
   const Tensor statistics = norm_statistics(a, call, kernels);
-  torch::stable::parallel_for(0, call.units(), 1,
-                              [&](int64_t first, int64_t last) { kernels.backward(call, first, last); });
+  deal_out(call, 1, kernels.backward);
   if (norm)
     torch::stable::parallel_for(0, call.norm_blocks, 1,
                                 [&](int64_t first, int64_t last) { kernels.norm_backward(call, first, last); });

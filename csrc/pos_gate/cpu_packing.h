@@ -94,8 +94,9 @@ class Packing {
   void pack_shared(Packed<E>& packed, const Tile& tile) const {
     const int64_t *place = window().place.data(), length = window().cls.box[2], tokens = window().tokens;
     const int64_t origin = weights_.centre() + place[tile.first];
-    // A panel of longer sums lies in the second-level cache, which had better be read once and in order.
-    const int64_t few = divide_up(tokens, kDepth) <= kMostSteps ? few_of(tile.rows()) : 0;
+    // Small windows have little that only few rows want. A panel of large ones lies in the second-level cache, which had
+    // better be read once and in order.
+    const int64_t few = tokens > 64 && divide_up(tokens, kDepth) <= kMostSteps ? few_of(tile.rows()) : 0;
     const A* const peak = (tile.rows() == window().tiles.back().rows() ? b_.peak : b_.low_peak).data() + origin;
     const A* const most_peak = few > 0 ? b_.most_peak.data() + origin : nullptr;
     const A *const limit = weights_.limit(), *const mirrored_limit = b_.mirrored_limit.data() + (kRows ? 0 : tokens);

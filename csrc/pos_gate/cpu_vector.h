@@ -2,10 +2,8 @@
 // No include guard: every instruction set compiles this text anew, inside its own namespace and target options.
 
 #define POSMLP_UNROLL _Pragma("GCC unroll 16")  // all of a short loop
-#if defined(__x86_64__) && defined(__GNUC__)
-#define POSMLP_KEEP(v) __asm__("" : "+v"(v))  // in a register from here on
-#else
-#define POSMLP_KEEP(v) (void)(v)
+#ifndef POSMLP_KEEP
+#define POSMLP_KEEP(v) (void)(v)  // in a register from here on, where that has to be said
 #endif
 
 // L numbers side by side; without L, as many as a register holds.

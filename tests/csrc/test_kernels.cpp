@@ -8,6 +8,7 @@
 #include <cstring>
 #include <ctime>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "cpu.h"
@@ -42,6 +43,15 @@ struct Results {
   std::vector<A> z, dx, dtable, dmatrix, dbias, dnorm_weight, dnorm_bias;
 };
 
+// All units of a call, dealt to three threads, of which the last takes two and then all that the others have.
+void in_turn(Call& call, size_t times, void (*kernel)(const Call&, int64_t thread)) {
+  constexpr int64_t kThreads = 3;
+  std::vector<Deal> deals;
+  for (size_t i = 0; i < times; ++i) deals.emplace_back(call.units(), kThreads);
+  call.deals = deals.data();
+  for (int64_t thread = kThreads - 1; thread >= 0; --thread) kernel(call, thread);
+}
+
 template <class A>
 Results<A> run(const Problem<A>& p, Storage storage, const Kernels& kernels, int64_t splits) {
   const Shape& s = p.shape;
@@ -74,7 +84,7 @@ Results<A> run(const Problem<A>& p, Storage storage, const Kernels& kernels, int
     kernels.statistics(call, 0, tokens);
   }
   call.z = z.data();
-  kernels.forward(call, 0, call.units());
+  in_turn(call, window_classes(s).size(), kernels.forward);
   r.z = read_back<A>(z, storage);
 
   const auto make = [](bool wanted, std::vector<A>& values, int64_t count) -> void* {
@@ -91,7 +101,7 @@ Results<A> run(const Problem<A>& p, Storage storage, const Kernels& kernels, int
   call.dnorm_weight_parts = make(p.has_norm, r.dnorm_weight, call.norm_blocks * s.channels);
   call.dnorm_bias_parts = make(p.has_norm, r.dnorm_bias, call.norm_blocks * s.channels);
   call.dx_normed = dx_normed.data();
-  kernels.backward(call, 0, call.units());
+  in_turn(call, 1, kernels.backward);
   if (p.has_norm) kernels.norm_backward(call, 0, call.norm_blocks);
   r.dx = read_back<A>(dx, storage);
   return r;
@@ -177,6 +187,26 @@ bool check(const Problem<A>& p, const Kernels& kernels, uint64_t seed) {
   return right;
 }
 
+// Whether four threads, of which one keeps stopping, are dealt each unit once.
+bool deal_holds() {
+  constexpr int64_t kUnits = 10007, kThreads = 4;
+  Deal deal(kUnits, kThreads);
+  std::vector<std::vector<int64_t>> dealt(kThreads);
+  std::vector<std::thread> threads;
+  for (int64_t i = 0; i < kThreads; ++i)
+    threads.emplace_back([&, i] {
+      for (int64_t unit; (unit = deal.take(i)) >= 0;) {
+        dealt[i].push_back(unit);
+        if (i == 1) std::this_thread::yield();
+      }
+    });
+  for (std::thread& thread : threads) thread.join();
+  std::vector<int> times(kUnits, 0);
+  for (const auto& units : dealt)
+    for (int64_t unit : units) ++times[unit];
+  return std::count(times.begin(), times.end(), 1) == kUnits && deal.take(0) < 0;
+}
+
 }  // namespace
 
 // test_kernels [first seed] [seconds]: 60 random problems, or as many as there is time for.
@@ -187,6 +217,7 @@ int main(int argc, char** argv) {
   auto all = kernels_of_this_processor();
   all.push_back(&kWide);
   int passed = 0, failed = 0;
+  ++(deal_holds() ? passed : failed);
   for (uint64_t seed = first; seconds > 0 ? std::difftime(std::time(nullptr), start) < seconds : seed < first + 60; ++seed)
     for (const Kernels* kernels : all) {
       generator.seed(seed);

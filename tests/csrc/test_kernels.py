@@ -28,14 +28,14 @@ def report(tmp_path_factory):
 
     def compiled(source: Path) -> str:
         to = str(tmp_path / f"{source.stem}.o")
-        flags = ["-std=c++17", "-O2", "-DPOSMLP_AMX_EMULATED"]
+        flags = ["-std=c++17", "-O2", "-pthread", "-DPOSMLP_AMX_EMULATED"]
         flags += ["-I", str(ROOT / "csrc/pos_gate"), "-I", str(ROOT / "tests/csrc")]
         subprocess.run([COMPILER, *flags, "-c", str(source), "-o", to], check=True)
         return to
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compiled, [Path(__file__).with_suffix(".cpp"), *sources]))
-    subprocess.run([COMPILER, *objects, "-o", str(program)], check=True)
+    subprocess.run([COMPILER, "-pthread", *objects, "-o", str(program)], check=True)
     done = subprocess.run([str(program)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
