@@ -11,9 +11,14 @@ struct Piece {
   int64_t token;         // its number in [B * map], for the norm
 };
 using Pieces = std::vector<Piece>;
+struct Window;
 struct Panel {
   int64_t share = 0, group = 0, columns = 0;
   Pieces pieces;
+  const Window* window = nullptr;  // whose columns they are,
+  int64_t first = 0;               // from this one on
+
+  int64_t end() const { return pieces.empty() ? first : first + pieces.back().column + pieces.back().count; }
 };
 
 // A tile of a product: the tokens from `first` to `last` are its rows.
@@ -50,6 +55,9 @@ struct Window {
   std::vector<int64_t> index, place, token;
   std::vector<int64_t> x, dz, z, dx, dx_normed;
 };
+
+// What the places of a window's tokens depend on: the sizes of whole windows, and of this one.
+using WindowSizes = std::array<int64_t, 2 * kRank>;
 
 // One map as the pieces of a panel see it: `data` at the group's first channel, the origin of each piece, and the
 // offsets of the tokens.
@@ -97,10 +105,14 @@ class Columns {
     return std::min(window.columns, window.panels * share / call_.splits * width_);
   }
 
-  // Where a panel's columns lie, of which `from` is the first.
+  // Where a panel's columns lie, of which `from` is the first; for the next group it is where they lay for the last one.
   void find(const Window& window, int64_t from, Panel& panel) const {
+    const int64_t to = from + panel.columns;
+    if (panel.window == &window && panel.first == from && panel.end() == to) return;
+    panel.window = &window;
+    panel.first = from;
     panel.pieces.clear();
-    for (int64_t q = from, to = from + panel.columns; q < to;) {
+    for (int64_t q = from; q < to;) {
       Piece& piece = panel.pieces.emplace_back();
       int64_t position[kRank];
       const int64_t batch = window.cls.locate(shape_, q / depth(), position);

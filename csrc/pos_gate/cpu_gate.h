@@ -359,11 +359,11 @@ class Gate {
       if (!call_.softmax)
         for (int64_t v = 0; v < window.tokens; v += kLanes) vectors.push_back(int32_t(v));
       else
-        for (int32_t at = group_->rows.runs_of(tile)[0]; at < group_->rows.runs_of(tile)[kRowKinds]; ++at) {
-          const Run& run = group_->rows.runs[at];
-          const int64_t first = run.row / kPanel * kDepthOf<E>, last = first + run.count * kDepthOf<E> - 1;
-          for (int64_t v = first / kLanes * kLanes; v <= last; v += kLanes) vectors.push_back(int32_t(v));
-        }
+        for (const auto& runs : group_->rows.runs_of(tile).of)
+          for (const Run* run = runs.begin; run < runs.end; ++run) {
+            const int64_t first = run->row / kPanel * kDepthOf<E>, last = first + run->count * kDepthOf<E> - 1;
+            for (int64_t v = first / kLanes * kLanes; v <= last; v += kLanes) vectors.push_back(int32_t(v));
+          }
       std::sort(vectors.begin(), vectors.end());
       vectors.erase(std::unique(vectors.begin(), vectors.end()), vectors.end());
     }

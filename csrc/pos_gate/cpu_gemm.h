@@ -120,63 +120,119 @@ enum Rows { kAllRows, kFirstRows, kLastRows, kRowKinds };
 // How many rows are the first ones of a tile, or the last ones; of a low tile none, for which a step costs little anyway.
 constexpr int few_of(int64_t rows) { return rows >= 6 ? int(rows / 2) : 0; }
 
+// The runs of a tile, for each kind of rows.
+struct TileRuns {
+  struct {
+    const Run *begin, *end;
+  } of[kRowKinds];
+};
+
 // P or its transpose, cut into tiles. Only what matters is there: for each tile the steps in which any of its rows has a
 // weight worth adding.
 template <class E>
-struct Packed {
-  std::vector<int32_t> begin;  // [tiles, kRowKinds] and the end, into `runs`
-  std::vector<Run> runs;       // with room for more: `count` of them
+class Packed {
+ public:
   std::vector<E> weights;      // where the runs have theirs
-  int32_t count = 0;
   std::vector<int32_t> steps;  // of each tile
   int32_t most_steps = 0;
+  WindowSizes complete{};  // of a window all of whose weights are there, in the table; otherwise zeros
 
   int64_t tiles() const { return int64_t(steps.size()); }
-  const int32_t* runs_of(int64_t tile) const { return &begin[tile * kRowKinds]; }  // [kRowKinds + 1]
-  void clear() {  // but for the weights, which their packing writes anew
-    begin.assign(1, 0);
-    steps.clear();
-    count = most_steps = 0;
-  }
-  void add(Rows rows, int64_t at, int64_t row, int64_t steps, int64_t stride) {
-    if (size_t(count) == runs.size()) runs.resize(2 * runs.size() + 64);
-    Run& run = rows == kAllRows ? runs[count++] : few_[rows].emplace_back();
-    run.at = at;  // in place: a copy would wait for the single stores
-    run.row = int32_t(row);
-    run.count = int32_t(steps);
-    run.stride = int32_t(stride);
-  }
-  size_t bytes() const { return weights.size() * sizeof(E) + runs.size() * sizeof(Run); }
-  // The last run of all rows.
-  Run* last_of_tile() { return count > begin.back() ? &runs[count - 1] : nullptr; }
-  bool has_tile() const { return count > begin.back() || !few_[kFirstRows].empty() || !few_[kLastRows].empty(); }
-  void end_tile() {  // which has a run at least
-    const int32_t first = begin.back();
-    for (const Rows rows : {kFirstRows, kLastRows}) {
-      begin.push_back(count);
-      for (const Run& run : few_[rows]) add(kAllRows, run.at, run.row, run.count, run.stride);  // behind those
-      few_[rows].clear();
+  TileRuns runs_of(int64_t tile) const {
+    TileRuns runs;
+    for (int kind = 0; kind < kRowKinds; ++kind) {
+      const Kind& k = kinds_[kind];
+      runs.of[kind] = {k.runs.data() + k.begin[tile], k.runs.data() + k.begin[tile + 1]};
     }
-    begin.push_back(count);
-    int32_t sum = 0;
-    for (int32_t run = first; run < count; ++run) sum += runs[run].count;
-    steps.push_back(sum);
-    most_steps = std::max(most_steps, sum);
+    return runs;
+  }
+  size_t bytes() const {
+    size_t runs = 0;
+    for (const Kind& kind : kinds_) runs += kind.runs.size();
+    return weights.size() * sizeof(E) + runs * sizeof(Run);
+  }
+
+  void clear() {  // but for the weights, which their packing writes anew
+    for (Kind& kind : kinds_) {
+      kind.begin.assign(1, 0);
+      kind.count = 0;
+    }
+    steps.clear();
+    tile_steps_ = most_steps = 0;
+    complete = {};
+  }
+  // A run of all rows of the tile at hand.
+  void add(int64_t at, int64_t row, int64_t steps, int64_t stride) {
+    Adder adder = make_room(1);
+    adder.add(kAllRows, at, row, steps, stride);
+    take(adder);
+  }
+  // Runs of the tile at hand, one by one. Those without steps are written too, but not kept: a branch would often be
+  // foreseen wrongly.
+  class Adder {
+   public:
+    void add(Rows rows, int64_t at, int64_t row, int64_t steps, int64_t stride = -1) {
+      Run& run = *end_[rows];  // filled in place: a copy would wait for the single stores
+      run.at = at;
+      run.row = int32_t(row);
+      run.count = int32_t(steps);
+      run.stride = int32_t(stride);
+      end_[rows] += steps > 0;
+      steps_ += int32_t(steps);
+    }
+
+   private:
+    friend class Packed;
+    Run* end_[kRowKinds];
+    int32_t steps_ = 0;
+  };
+  Adder make_room(int64_t runs) {  // for so many of each kind
+    Adder adder;
+    for (int kind = 0; kind < kRowKinds; ++kind) {
+      Kind& k = kinds_[kind];
+      if (k.runs.size() < size_t(k.count + runs)) k.runs.resize(2 * (k.count + runs));
+      adder.end_[kind] = &k.runs[k.count];
+    }
+    return adder;
+  }
+  void take(const Adder& adder) {
+    for (int kind = 0; kind < kRowKinds; ++kind) kinds_[kind].count = int32_t(adder.end_[kind] - kinds_[kind].runs.data());
+    tile_steps_ += adder.steps_;
+  }
+  // The tile's last run of all rows, which may be made longer by a step.
+  Run* last_run() { return kinds_[kAllRows].count > kinds_[kAllRows].begin.back() ? &last() : nullptr; }
+  void lengthen() {
+    ++last().count;
+    ++tile_steps_;
+  }
+  bool has_steps() const { return tile_steps_ > 0; }
+  void end_tile() {  // which has a step at least
+    for (Kind& kind : kinds_) kind.begin.push_back(kind.count);
+    steps.push_back(tile_steps_);
+    most_steps = std::max(most_steps, std::exchange(tile_steps_, 0));
   }
 
  private:
-  std::vector<Run> few_[kRowKinds];  // of the tile at hand
+  struct Kind {
+    std::vector<int32_t> begin{0};  // [tiles + 1], into `runs`
+    std::vector<Run> runs;          // with room for more: `count` of them
+    int32_t count = 0;
+  };
+  Run& last() { return kinds_[kAllRows].runs[kinds_[kAllRows].count - 1]; }
+
+  Kind kinds_[kRowKinds];
+  int32_t tile_steps_ = 0;  // of the tile at hand
 };
 
 #ifdef POSMLP_AMX
 #include "cpu_gemm_amx.h"  // multiply_tile and add_outer_tile by other instructions
 #else
-// to[r, :] = sum over the steps of some runs of weight[r] * from[row, :], of each kind of rows from begin[kind] to
-// begin[kind + 1]; both have rows of kPanel, of which kVectors vectors count and, if kHalf, half of the next. Meanwhile
-// the wanted cache lines are asked for. Loops over registers are unrolled early: else three sums leave them in between.
+// to[r, :] = sum over the steps of some runs of weight[r] * from[row, :]; both have rows of kPanel, of which kVectors
+// vectors count and, if kHalf, half of the next. Meanwhile the wanted cache lines are asked for. Loops over registers are
+// unrolled early: otherwise the sums leave them from one kind of rows to the next.
 template <class A, class E, int kAsks, int kRows, int kVectors, bool kHalf>
-__attribute__((noinline)) void multiply_tile(const Run* runs, const int32_t* begin, const E* all_weights, const E* from,
-                                             A* to, Wanted& wanted) {
+__attribute__((noinline)) void multiply_tile(const TileRuns& runs, const E* all_weights, const E* from, A* to,
+                                             Wanted& wanted) {
   constexpr int kLanes = VectorOf<A>::kLanes, kPanel = kTileVectors * kLanes, kFew = few_of(kRows);
   Vec<A> sums[kRows][kVectors];
   Vec<A, kLanes / 2> halves[kRows];
@@ -187,7 +243,7 @@ __attribute__((noinline)) void multiply_tile(const Run* runs, const int32_t* beg
   Wanted::Queue queue = wanted.queue;
   const auto add = [&](auto first, auto last, Rows kind) __attribute__((always_inline)) {
     constexpr int kFirst = first, kLast = last;
-    for (const Run *run = runs + begin[kind], *const end = runs + begin[kind + 1]; run < end; ++run) {
+    for (const Run *run = runs.of[kind].begin, *const end = runs.of[kind].end; run < end; ++run) {
       const E *operands = from + run->row, *weights = all_weights + run->at;
       const int64_t stride = run->stride;
       int32_t steps = run->count;
@@ -226,7 +282,7 @@ __attribute__((noinline)) void multiply_tile(const Run* runs, const int32_t* beg
 // That for a tile's rows, and as many vectors as the columns take. Half a vector is half the work where AVX-512 is done
 // in halves.
 template <class A, class E>
-using Multiply = void (*)(const Run*, const int32_t*, const E*, const E*, A*, Wanted&);
+using Multiply = void (*)(const TileRuns&, const E*, const E*, A*, Wanted&);
 template <class A, class E, int kAsks, int kRows = kTileRows>
 inline Multiply<A, E> multiply_for(int64_t rows, int64_t columns) {
   if constexpr (kRows > kLeastRows)
@@ -247,20 +303,21 @@ static_assert(kTileVectors == 3);
 template <class A, class E>
 inline void multiply(Multiply<A, E> multiply_runs, const Packed<E>& packed, int64_t tile, const E* from, A* to,
                      Wanted& wanted) {
-  const Run* const runs = packed.runs.data();
-  const int32_t* const begin = packed.runs_of(tile);
+  const TileRuns runs = packed.runs_of(tile);
   const E* const weights = packed.weights.data();
-  if (packed.most_steps <= kMostSteps) return multiply_runs(runs, begin, weights, from, to, wanted);
+  if (packed.most_steps <= kMostSteps) return multiply_runs(runs, weights, from, to, wanted);
   constexpr int64_t kTile = kTileRows * kPanelOf<A>;
   A sums[kTile] = {};
-  for (int32_t run = begin[0], last = begin[kRowKinds]; run < last;) {
-    const int32_t first = run;
-    int64_t steps = runs[run++].count;
-    while (run < last && steps + runs[run].count <= kMostSteps) steps += runs[run++].count;
-    int32_t part[kRowKinds + 1];
-    for (int k = 0; k <= kRowKinds; ++k) part[k] = std::clamp(begin[k], first, run);
-    multiply_runs(runs, part, weights, from, first == begin[0] ? to : sums, wanted);
-    if (first > begin[0])
+  const auto& all = runs.of[kAllRows];  // the only ones where windows are so large
+  for (const Run* run = all.begin; run < all.end;) {
+    TileRuns part{};
+    part.of[kAllRows].begin = run;
+    const bool first = run == all.begin;
+    int64_t steps = run++->count;
+    while (run < all.end && steps + run->count <= kMostSteps) steps += run++->count;
+    part.of[kAllRows].end = run;
+    multiply_runs(part, weights, from, first ? to : sums, wanted);
+    if (!first)
       for (int64_t i = 0; i < kTile; ++i) to[i] += sums[i];
   }
 }

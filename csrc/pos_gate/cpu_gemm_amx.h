@@ -50,8 +50,8 @@ inline void store_sums(float* to, int64_t ld) {
 
 // Each run is a block of weights, kTileRows rows of kStepsAtOnce, `stride` apart.
 template <class A, class E, int kAsks, int, int kVectors, bool>
-__attribute__((noinline)) void multiply_tile(const Run* runs, const int32_t* begin, const E* all_weights, const E* from,
-                                             A* to, Wanted& wanted) {
+__attribute__((noinline)) void multiply_tile(const TileRuns& runs, const E* all_weights, const E* from, A* to,
+                                             Wanted& wanted) {
   constexpr int64_t kLanes = VectorOf<A>::kLanes, kPanel = kPanelOf<A>, kStride = kPanel * sizeof(E);
   Wanted::Queue queue = wanted.queue;
   const auto ask = [&] {  // as often as in so many steps of the other instruction sets
@@ -59,7 +59,7 @@ __attribute__((noinline)) void multiply_tile(const Run* runs, const int32_t* beg
   };
   finish_stores();
   zero_sums<kVectors>();
-  for (const Run *run = runs + begin[kAllRows], *const end = runs + begin[kAllRows + 1]; run < end; ++run) {
+  for (const Run *run = runs.of[kAllRows].begin, *const end = runs.of[kAllRows].end; run < end; ++run) {
     const E* operands = from + run->row;
     _tile_loadd(3, all_weights + run->at, run->stride * sizeof(E));
     _tile_loadd(4, operands, kStride);

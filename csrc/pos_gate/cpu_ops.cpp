@@ -123,14 +123,29 @@ Tensor forward(const Tensor& x, const MaybeTensor& table, const MaybeTensor& bia
   return z;
 }
 
-// The sum of `parts` partial gradients, in the shape of the parameter; empty if it is not wanted.
-Tensor sum_parts(const Arguments& a, const MaybeTensor& parameter, const std::optional<Tensor>& parts, int64_t groups) {
+template <class A>
+void add_parts(const Tensor& parts, Tensor& sums) {
+  const int64_t size = sums.numel(), count = parts.numel() / size;
+  const A* const from = static_cast<const A*>(parts.const_data_ptr());
+  A* const to = static_cast<A*>(sums.mutable_data_ptr());
+  constexpr int64_t kBlock = 256, kGrain = 1 << 16;  // numbers: of double sums at hand, and worth a thread
+  torch::stable::parallel_for(0, size, std::max(kBlock, kGrain / count), [=](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; i += kBlock) {
+      double block[kBlock] = {};
+      const int64_t length = std::min(kBlock, last - i);
+      for (int64_t part = 0; part < count; ++part)
+        for (int64_t k = 0; k < length; ++k) block[k] += double(from[part * size + i + k]);
+      for (int64_t k = 0; k < length; ++k) to[i + k] = A(block[k]);
+    }
+  });
+}
+
+// The sum of partial gradients, in the shape of the parameter; empty if it is not wanted.
+Tensor sum_parts(const Arguments& a, const MaybeTensor& parameter, const std::optional<Tensor>& parts) {
   if (!parts) return a.workspace({0});
-  const int64_t count = parts->size(0) / groups, size = parts->size(1);
-  const std::vector<int64_t> dim{0};
-  Tensor grouped = torch::stable::reshape(*parts, Sizes{count, groups, size});
-  Tensor sums = torch::stable::sum(grouped, torch::headeronly::IntHeaderOnlyArrayRef(dim));
-  return torch::stable::reshape(sums, sizes_of(*parameter));
+  Tensor sums = a.workspace(sizes_of(*parameter));
+  (a.parameter_type == ScalarType::Double ? add_parts<double> : add_parts<float>)(*parts, sums);
+  return sums;
 }
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -172,11 +187,11 @@ Gradients backward(const Tensor& dz, const Tensor& x, const MaybeTensor& table, 
     torch::stable::parallel_for(0, call.norm_blocks, 1,
                                 [&](int64_t first, int64_t last) { kernels.norm_backward(call, first, last); });
   return {dx,
-          sum_parts(a, a.table, dtable, shape.groups),
-          sum_parts(a, a.bias, dbias, 1),
-          sum_parts(a, a.matrix, dmatrix, call.matrix_per_group ? shape.groups : 1),
-          sum_parts(a, a.norm_weight, dnorm_weight, 1),
-          sum_parts(a, a.norm_bias, dnorm_bias, 1)};
+          sum_parts(a, a.table, dtable),
+          sum_parts(a, a.bias, dbias),
+          sum_parts(a, a.matrix, dmatrix),
+          sum_parts(a, a.norm_weight, dnorm_weight),
+          sum_parts(a, a.norm_bias, dnorm_bias)};
 }
 
 }  // namespace

@@ -19,11 +19,17 @@ class Packing {
 
   template <bool kRows>
   void pack(Packed<E>& packed) {
-    const int64_t tokens = window().tokens, *place = window().place.data();
-    packed.clear();
+    const int64_t* const place = window().place.data();
     packed.weights.clear();
     if (weights_.shared()) share_table<kRows>(packed);
+    const size_t shared = packed.weights.size();
+    // Where all weights count, their runs in the table depend on the window alone: those that are there may do.
+    const bool all = weights_.shared() && weights_.all_count();
+    if (all && packed.complete == weights_.sizes_of_window()) return;
+    packed.clear();
+    if (weights_.shared()) find_peaks();
     if (!kRows) {
+      const int64_t tokens = window().tokens;
       b_.mirrored_limit.resize(tokens + kLanes);
       std::reverse_copy(weights_.limit(), weights_.limit() + tokens, b_.mirrored_limit.begin());
     }
@@ -32,9 +38,10 @@ class Packing {
         pack_shared<kRows>(packed, tile);
       else
         pack_tile<kRows>(packed, tile);
-      if (!packed.has_tile()) add_zeros(packed);
+      if (!packed.has_steps()) add_zeros(packed);
       packed.end_tile();
     }
+    if (all && packed.weights.size() == shared) packed.complete = weights_.sizes_of_window();
   }
 
  private:
@@ -42,6 +49,14 @@ class Packing {
   static constexpr int kLanes = VectorOf<A>::kLanes;
 
   const Window& window() const { return weights_.window(); }
+
+  // Whether to find the steps of a tile's first or last rows: not where few panels use them, nor in small windows, where
+  // there are few. A panel of large ones lies in the second-level cache, which had better be read once and in order.
+  bool pays_to_split() const {
+    constexpr int64_t kFewPanels = 4, kFewTokens = 64;
+    const int64_t tokens = window().tokens;
+    return kDepth == 1 && tokens > kFewTokens && tokens <= kMostSteps && window().panels >= kFewPanels;
+  }
 
   // The table, for tiles whose tokens lie side by side along the last dimension: their weights do so too, in the table's
   // mirror image for queries, in the table itself for keys. Of a pair the second is that of the next token, one before.
@@ -59,21 +74,22 @@ class Packing {
     packed.weights.resize(shared);
     for (int64_t e = 0; e < shared; e += kDoubles)
       store_operands(&packed.weights[e], load<double>(entries + e), load<double>(entries + e - 1));
-    find_peaks(entries, size);
   }
 
-  // The largest |entry| among as many from each one on as a tile has rows, or a lower one.
-  void find_peaks(const double* entries, int64_t size) {
+  // The largest |entry| among as many from each one on as a tile has rows, or a lower one, or all but a few of them.
+  void find_peaks() {
+    const int64_t size = table_size_, rows = window().tiles.back().rows();  // no tile is higher
+    const double* const entries = b_.entries.data() + 1;
     b_.peak.assign(size + kLanes + kTileRows, A(0));  // vectors begin up to a tile's rows late
     for (int64_t e = 0; e < size; ++e)                // NaN is to be seen
       b_.peak[e] = A(entries[e] == entries[e] ? std::abs(entries[e]) : std::numeric_limits<double>::infinity());
-    const int64_t rows = window().tiles.back().rows();  // no tile is higher
-    const int64_t most = rows - few_of(rows), low = std::max<int64_t>(1, rows - 1);
-    if (most < low) {
+    const int64_t few = pays_to_split() ? few_of(rows) : 0;
+    const int64_t most = few > 0 ? rows - few : 1, low = std::max<int64_t>(most, rows - 1);
+    if (few > 0) {
       widen_peaks(b_.peak, 1, most);
       b_.most_peak = b_.peak;
     }
-    widen_peaks(b_.peak, most < low ? most : 1, low);
+    widen_peaks(b_.peak, most, low);
     b_.low_peak = b_.peak;
     widen_peaks(b_.peak, low, rows);
   }
@@ -88,58 +104,63 @@ class Packing {
   }
 
   // A tile that finds its weights in the shared table. Of each row of the tokens that are summed over, or each 64 of them,
-  // it takes what lies between the first and the last that count: for its first rows until others count too, from where
-  // none but its last rows count for these.
+  // it takes what lies between the first and the last that count.
   template <bool kRows>
   void pack_shared(Packed<E>& packed, const Tile& tile) const {
     const int64_t *place = window().place.data(), length = window().cls.box[2], tokens = window().tokens;
-    const int64_t origin = weights_.centre() + place[tile.first];
-    // Small windows have little that only few rows want. A panel of large ones lies in the second-level cache, which had
-    // better be read once and in order.
-    const int64_t few = tokens > 64 && divide_up(tokens, kDepth) <= kMostSteps ? few_of(tile.rows()) : 0;
-    const A* const peak = (tile.rows() == window().tiles.back().rows() ? b_.peak : b_.low_peak).data() + origin;
-    const A* const most_peak = few > 0 ? b_.most_peak.data() + origin : nullptr;
+    const int64_t origin = weights_.centre() + place[tile.first], few = pays_to_split() ? few_of(tile.rows()) : 0;
+    const bool highest = tile.rows() == window().tiles.back().rows();
+    const A* const peak = (few > 0 ? b_.most_peak : highest ? b_.peak : b_.low_peak).data() + origin;
     const A *const limit = weights_.limit(), *const mirrored_limit = b_.mirrored_limit.data() + (kRows ? 0 : tokens);
     const auto least = fill<Vec<A>>(*std::min_element(limit + tile.first, limit + tile.last));
+    auto runs = packed.make_room(divide_up(length, 64) * (tokens / length));
     int64_t done = 0;  // steps
     for (int64_t row = 0, end = length; row < tokens; row = end, end += length)
       for (int64_t begin = row, count; begin < end; begin += count) {
         count = std::min<int64_t>(64, end - begin);
-        // A bit for each, the last token's first: whether any row counts, any but the first ones, any but the last ones.
-        // No branches: where runs end no processor foresees.
-        const int64_t first = begin + count;
-        uint64_t counts = 0, not_first = 0, not_last = 0;
+        // A bit for each, the last token's first: whether any row counts but the last few, any but the first few, any at
+        // all. No branches: where runs end no processor foresees.
+        const int64_t next = begin + count, entry = -place[next - 1];
+        uint64_t not_last = 0, not_first = 0;
         for (int64_t i = 0; i < count; i += kLanes) {
-          const auto limits = kRows ? least : load<A>(mirrored_limit - first + i);
-          const int64_t entry = i - place[first - 1];
-          counts |= bits_of(load<A>(peak + entry) > limits) << i;
-          if (few == 0) continue;
-          not_first |= bits_of(load<A>(most_peak + entry + few) > limits) << i;
-          not_last |= bits_of(load<A>(most_peak + entry) > limits) << i;
+          const auto limits = kRows ? least : load<A>(mirrored_limit - next + i);
+          not_last |= bits_of(load<A>(peak + entry + i) > limits) << i;
+          if (few > 0) not_first |= bits_of(load<A>(peak + entry + few + i) > limits) << i;
         }
-        counts &= ~uint64_t(0) >> (64 - count);
+        not_last &= ~uint64_t(0) >> (64 - count);
+        not_first = few > 0 ? not_first & ~uint64_t(0) >> (64 - count) : not_last;
+        const uint64_t counts = not_first | not_last;
         if (counts == 0) continue;
-        const auto first_of = [=](uint64_t bits) { return first - 64 + __builtin_clzll(bits); };
-        const auto end_of = [=](uint64_t bits) { return first - __builtin_ctzll(bits); };
-        const int64_t from = first_of(counts), to = end_of(counts);
-        const int64_t last = divide_up(to, kDepth);
-        int64_t step = std::max(from / kDepth, done);
-        // A pair of which one lies in another row has weights of its own.
-        if (kDepth > 1 && step < divide_up(row, kDepth)) add_step<kRows>(packed, tile, step++);
-        const int64_t inner = std::max(step, std::min(last, end / kDepth));
-        not_first = few > 0 ? not_first & counts : counts;
-        not_last = few > 0 ? not_last & counts : counts;
-        const int64_t all_begin = not_first ? std::clamp(first_of(not_first) / kDepth, step, inner) : inner;
-        const int64_t all_end = not_last ? std::clamp(divide_up(end_of(not_last), kDepth), all_begin, inner) : all_begin;
-        const auto add = [&](Rows rows, int64_t begin, int64_t end) {
-          if (begin < end) packed.add(rows, origin - place[begin * kDepth], begin * kPanelOf<A>, end - begin, -kDepth);
-        };
-        add(kFirstRows, step, all_begin);
-        add(kAllRows, all_begin, all_end);
-        add(kLastRows, all_end, inner);
-        if (kDepth > 1 && inner < last) add_step<kRows>(packed, tile, inner);
-        done = last;
+        const int64_t from = next - 64 + __builtin_clzll(counts), to = next - __builtin_ctzll(counts);
+        if constexpr (kDepth > 1) {
+          add_pairs<kRows>(packed, tile, row, from, to, done);
+        } else {
+          // For the first rows alone until others count too, for the last rows alone once no others do.
+          const int64_t at = origin + entry + next - 1;  // the row's entries lie side by side
+          if (few == 0) {
+            runs.add(kAllRows, at - from, from * kPanelOf<A>, to - from);
+            continue;
+          }
+          const int64_t all_begin = not_first ? next - 64 + __builtin_clzll(not_first) : to;
+          const int64_t all_end = std::max(all_begin, not_last ? next - __builtin_ctzll(not_last) : from);
+          runs.add(kAllRows, at - all_begin, all_begin * kPanelOf<A>, all_end - all_begin);
+          runs.add(kFirstRows, at - from, from * kPanelOf<A>, all_begin - from);
+          runs.add(kLastRows, at - all_end, all_end * kPanelOf<A>, to - all_end);
+        }
       }
+    if constexpr (kDepth == 1) packed.take(runs);
+  }
+
+  // Pairs of tokens of a row, from where counts to where; a pair of which one lies in another row has weights of its own.
+  template <bool kRows>
+  void add_pairs(Packed<E>& packed, const Tile& tile, int64_t row, int64_t from, int64_t to, int64_t& done) const {
+    const int64_t *place = window().place.data(), origin = weights_.centre() + place[tile.first];
+    const int64_t last = divide_up(to, kDepth), inner = std::min(last, (row + window().cls.box[2]) / kDepth);
+    int64_t step = std::max(from / kDepth, done);
+    if (step < divide_up(row, kDepth)) add_step<kRows>(packed, tile, step++);
+    if (step < inner) packed.add(origin - place[step * kDepth], step * kPanelOf<A>, inner - step, -kDepth);
+    if (inner < last) add_step<kRows>(packed, tile, inner);
+    done = last;
   }
 
   template <bool kRows>
@@ -149,7 +170,7 @@ class Packing {
 
   // A tile without a weight that counts.
   static void add_zeros(Packed<E>& packed) {
-    packed.add(kAllRows, int64_t(packed.weights.size()), 0, 1, 0);
+    packed.add(int64_t(packed.weights.size()), 0, 1, 0);
     packed.weights.insert(packed.weights.end(), kTileRows, E{});
   }
 
@@ -157,7 +178,7 @@ class Packing {
   template <bool kRows>
   void add_step(Packed<E>& packed, const Tile& tile, int64_t step) const {
     const int32_t row = int32_t(step * kPanelOf<A>);
-    Run* const run = packed.last_of_tile();
+    Run* const run = packed.last_run();
     if (run && run->row + (run->count - 1) * kPanelOf<A> == row) return;
     E weights[kTileRows] = {};
     bool counts = false;
@@ -177,9 +198,9 @@ class Packing {
     const bool follows = run && run->stride == kTileRows && run->count < kMostSteps &&
                          run->at + run->count * kTileRows == at && run->row + run->count * kPanelOf<A> == row;
     if (follows)
-      ++run->count;
+      packed.lengthen();
     else
-      packed.add(kAllRows, at, row, 1, kTileRows);
+      packed.add(at, row, 1, kTileRows);
   }
 
   const int64_t table_size_;

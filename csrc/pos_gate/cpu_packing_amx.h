@@ -33,8 +33,8 @@ class Packing {
     for (int64_t first = 0; first < tokens; first += kTileRows) {
       for (int64_t key = 0; key < tokens; key += kKeys)
         if (largest_of_block(matrix + first * ld + key, ld) > (kRows ? limit(first, kTileRows) : limit(key, kKeys)))
-          packed.add(kAllRows, start + (first * ld + key) / 2, key / 2 * kPanelOf<A>, divide_up(std::min(kKeys, tokens - key), 2), ld / 2);
-      if (!packed.has_tile()) packed.add(kAllRows, start + first * ld / 2, 0, 1, ld / 2);  // of weights that do not count
+          packed.add(start + (first * ld + key) / 2, key / 2 * kPanelOf<A>, divide_up(std::min(kKeys, tokens - key), 2), ld / 2);
+      if (!packed.has_steps()) packed.add(start + first * ld / 2, 0, 1, ld / 2);  // of weights that do not count
       packed.end_tile();
     }
   }

@@ -22,22 +22,30 @@ inline void make_room(std::vector<double>& values, int64_t count) {
   std::fill(values.begin() + count, values.end(), 0.);
 }
 
-// `count` is not zero.
-template <class A>
-inline A largest_of(const A* values, int64_t count) {
+// The first of some values in an order of values or vectors of them; `count` is not zero.
+template <class A, class Before>
+inline A first_of(const A* values, int64_t count, Before&& before) {
   constexpr int kLanes = VectorOf<A>::kLanes;
-  A largest = values[0];
+  A first = values[0];
   if (count >= kLanes) {
     Vec<A> vector = load<A>(values + count - kLanes);
     for (int64_t i = 0; i + kLanes <= count; i += kLanes) {
       const Vec<A> next = load<A>(values + i);
-      vector = next > vector ? next : vector;
+      vector = before(next, vector) ? next : vector;
     }
-    for (int l = 0; l < kLanes; ++l) largest = vector[l] > largest ? vector[l] : largest;
-    return largest;
+    for (int l = 0; l < kLanes; ++l) first = before(vector[l], first) ? vector[l] : first;
+    return first;
   }
-  for (int64_t i = 1; i < count; ++i) largest = values[i] > largest ? values[i] : largest;
-  return largest;
+  for (int64_t i = 1; i < count; ++i) first = before(values[i], first) ? values[i] : first;
+  return first;
+}
+template <class A>
+inline A largest_of(const A* values, int64_t count) {
+  return first_of(values, count, [](auto a, auto b) { return a > b; });
+}
+template <class A>
+inline A smallest_of(const A* values, int64_t count) {
+  return first_of(values, count, [](auto a, auto b) { return a < b; });
 }
 
 // Kept from call to call by each thread, so that no pages are faulted in again.
@@ -66,12 +74,19 @@ class Weights {
   }
 
   const Window& window() const { return *window_; }
+  WindowSizes sizes_of_window() const {
+    WindowSizes sizes;
+    std::copy_n(shape_.window, kRank, std::copy_n(window_->cls.box, kRank, sizes.begin()));
+    return sizes;
+  }
   int64_t centre() const { return centre_; }
   // Whether P is made of a table's weights; otherwise it is `dense`.
   bool factored() const { return factored_; }
   // Whether products may read the table as it is: their results, or what they are given, lack the rows' scales.
   bool shared() const { return shared_; }
   const A* limit() const { return b_.limit.data(); }  // of each query: what weight_of must exceed to be packed
+  // Whether each weight of a softmax is more than what any query's must exceed.
+  bool all_count() const { return A(least_) > largest_of(b_.limit.data(), int64_t(b_.limit.size())); }
   const double* weight() const { return b_.weight.data(); }  // of each entry of the table
   const double* scale() const { return b_.scale.data(); }    // of each query
   const A* dense(int64_t i) const { return &b_.dense[i * window_->tokens]; }
@@ -109,11 +124,13 @@ class Weights {
   bool weigh_table() {
     const int64_t size = shape_.table_size();
     make_room(b_.weight, size);
+    least_ = 0;
     if (!call_.softmax) {
       for (int64_t e = 0; e < size; ++e) b_.weight[e] = double(table_[e]);
       return true;
     }
     const double maximum = double(largest_of(table_, size));
+    least_ = std::exp(double(smallest_of(table_, size)) - maximum);
     for (int64_t e = 0; e < size; ++e) b_.weight[e] = double(table_[e]) - maximum;
     b_.rounded.resize(round_up(size, kDoubles));
     for (int64_t e = 0; e < size; e += kDoubles) {
@@ -261,6 +278,6 @@ class Weights {
   const Window* window_ = nullptr;
   const A* table_ = nullptr;  // of the group at hand
   int64_t centre_ = 0;
-  double largest_scale_ = 1;
+  double largest_scale_ = 1, least_ = 0;  // least_: of a softmax's weights
   bool factored_ = false, shared_ = false;
 };
