@@ -22,6 +22,7 @@ class Gate {
   static constexpr int kLanes = VectorOf<A>::kLanes;
   static constexpr int64_t kPanel = kPanelOf<A>, kTile = kTileRows * kPanel;
   static constexpr bool kIsPaired = kDepthOf<E> == 2;
+  static constexpr bool kMaySplit = few_of(kTileRows) > 0 && !kIsPaired;  // runs for a tile's first or last rows
   static constexpr int kAsksOfFew = kStepsAsk ? 2 : 1;  // lines that a step may ask for where a sum has few
   static constexpr int64_t kPanels = std::max<int64_t>(1, 96 / kPanel);  // that dP takes at once
 
@@ -272,7 +273,9 @@ class Gate {
     }
     // Sums of few steps have more lines to ask for than steps; otherwise two at a time get in each other's way.
     const bool few = steps_of(window) <= 64;
-    const auto kernel_for = few ? multiply_for<A, E, kAsksOfFew> : multiply_for<A, E, 1>;
+    // Small windows are never split.
+    const auto kernel_for = few ? multiply_for<A, E, kAsksOfFew, false>
+                            : weights.is_split() ? multiply_for<A, E, 1, kMaySplit> : multiply_for<A, E, 1, false>;
     const auto finish_tile = [&](const Tile& tile) {
       for (const Piece& piece : panel_.pieces) finish(piece, tile.first, tile.last);
       finish_rows(tile);

@@ -29,13 +29,12 @@ struct OperandOf<Bfloat16> {
 template <class E>
 constexpr int kDepthOf = std::is_floating_point_v<E> ? 1 : 2;  // numbers in a step
 
-// A vector of operands, and sum + weight * operands for one weight. It is read once: for three rows GCC would read it from
-// memory three times.
+// A vector of operands, and sum + weight * operands for one weight.
 template <class E>
 struct Operands {
   Vec<E> values;
   Operands() = default;
-  explicit Operands(const E* p) : values(load<E>(p)) { POSMLP_KEEP(values); }
+  explicit Operands(const E* p) : values(load<E>(p)) {}
   __attribute__((always_inline)) Vec<E> times(E weight, Vec<E> sum) const { return sum + weight * values; }
 };
 #ifdef POSMLP_BF16_DOT
@@ -65,10 +64,7 @@ template <>
 struct Operands<Pair> {
   __m512bh values;
   Operands() = default;
-  explicit Operands(const Pair* p) {
-    __builtin_memcpy(&values, p, sizeof values);
-    POSMLP_KEEP(values);
-  }
+  explicit Operands(const Pair* p) { __builtin_memcpy(&values, p, sizeof values); }
   __attribute__((always_inline)) Vec<float> times(Pair weight, Vec<float> sum) const {
     int32_t bits;
     __builtin_memcpy(&bits, &weight, sizeof bits);
@@ -138,6 +134,7 @@ class Packed {
   WindowSizes complete{};  // of a window all of whose weights are there, in the table; otherwise zeros
 
   int64_t tiles() const { return int64_t(steps.size()); }
+  bool is_split() const { return kinds_[kFirstRows].count + kinds_[kLastRows].count > 0; }  // not all are of all rows
   TileRuns runs_of(int64_t tile) const {
     TileRuns runs;
     for (int kind = 0; kind < kRowKinds; ++kind) {
@@ -227,13 +224,13 @@ class Packed {
 #ifdef POSMLP_AMX
 #include "cpu_gemm_amx.h"  // multiply_tile and add_outer_tile by other instructions
 #else
-// to[r, :] = sum over the steps of some runs of weight[r] * from[row, :]; both have rows of kPanel, of which kVectors
-// vectors count and, if kHalf, half of the next. Meanwhile the wanted cache lines are asked for. Loops over registers are
+// to[r, :] = sum over the steps of some runs, of all rows unless kSplit, of weight[r] * from[row, :]; both have rows of
+// kPanel, of which kVectors vectors count and, if kHalf, half of the next. Meanwhile the wanted cache lines are asked for. Loops over registers are
 // unrolled early: otherwise the sums leave them from one kind of rows to the next.
-template <class A, class E, int kAsks, int kRows, int kVectors, bool kHalf>
+template <class A, class E, int kAsks, bool kSplit, int kRows, int kVectors, bool kHalf>
 __attribute__((noinline)) void multiply_tile(const TileRuns& runs, const E* all_weights, const E* from, A* to,
                                              Wanted& wanted) {
-  constexpr int kLanes = VectorOf<A>::kLanes, kPanel = kTileVectors * kLanes, kFew = few_of(kRows);
+  constexpr int kLanes = VectorOf<A>::kLanes, kPanel = kTileVectors * kLanes, kFew = kSplit ? few_of(kRows) : 0;
   Vec<A> sums[kRows][kVectors];
   Vec<A, kLanes / 2> halves[kRows];
   POSMLP_UNROLL for (int r = 0; r < kRows; ++r) {
@@ -241,9 +238,9 @@ __attribute__((noinline)) void multiply_tile(const TileRuns& runs, const E* all_
     if (kHalf) halves[r] = Vec<A, kLanes / 2>{};
   }
   Wanted::Queue queue = wanted.queue;
-  const auto add = [&](auto first, auto last, Rows kind) __attribute__((always_inline)) {
+  const auto add = [&](auto first, auto last, const Run* run, const Run* const end) __attribute__((always_inline)) {
     constexpr int kFirst = first, kLast = last;
-    for (const Run *run = runs.of[kind].begin, *const end = runs.of[kind].end; run < end; ++run) {
+    do {
       const E *operands = from + run->row, *weights = all_weights + run->at;
       const int64_t stride = run->stride;
       int32_t steps = run->count;
@@ -252,7 +249,10 @@ __attribute__((noinline)) void multiply_tile(const TileRuns& runs, const E* all_
         if constexpr (kStepsAsk)
           for (int i = 0; i < kAsks; ++i) queue.ask<(kAsks > 1)>();
         Operands<E> vectors[kVectors];
-        POSMLP_UNROLL for (int v = 0; v < kVectors; ++v) vectors[v] = Operands<E>(operands + v * kLanes);
+        POSMLP_UNROLL for (int v = 0; v < kVectors; ++v) {
+          vectors[v] = Operands<E>(operands + v * kLanes);
+          if (kLast - kFirst < kRows) POSMLP_KEEP(vectors[v].values);  // for three rows GCC reads it three times
+        }
         POSMLP_UNROLL for (int r = kFirst; r < kLast; ++r)
           POSMLP_UNROLL for (int v = 0; v < kVectors; ++v) sums[r][v] = vectors[v].times(weights[r], sums[r][v]);
         if constexpr (kHalf) {
@@ -262,14 +262,17 @@ __attribute__((noinline)) void multiply_tile(const TileRuns& runs, const E* all_
         operands += kPanel;
         weights += stride;
       } while (--steps > 0);
-    }
+    } while (++run < end);
   };
   constexpr std::integral_constant<int, 0> none;
   constexpr std::integral_constant<int, kRows> all;
-  add(none, all, kAllRows);
+  const auto [begin, end] = runs.of[kAllRows];
+  if (!kSplit || begin < end) add(none, all, begin, end);
   if constexpr (kFew > 0) {
-    add(none, std::integral_constant<int, kFew>(), kFirstRows);
-    add(std::integral_constant<int, kRows - kFew>(), all, kLastRows);
+    const auto [first_begin, first_end] = runs.of[kFirstRows];
+    if (first_begin < first_end) add(none, std::integral_constant<int, kFew>(), first_begin, first_end);
+    const auto [last_begin, last_end] = runs.of[kLastRows];
+    if (last_begin < last_end) add(std::integral_constant<int, kRows - kFew>(), all, last_begin, last_end);
   }
   wanted.queue = queue;
   POSMLP_UNROLL for (int r = 0; r < kRows; ++r) {
@@ -283,19 +286,19 @@ __attribute__((noinline)) void multiply_tile(const TileRuns& runs, const E* all_
 // in halves.
 template <class A, class E>
 using Multiply = void (*)(const TileRuns&, const E*, const E*, A*, Wanted&);
-template <class A, class E, int kAsks, int kRows = kTileRows>
+template <class A, class E, int kAsks, bool kSplit, int kRows = kTileRows>
 inline Multiply<A, E> multiply_for(int64_t rows, int64_t columns) {
   if constexpr (kRows > kLeastRows)
-    if (rows < kRows) return multiply_for<A, E, kAsks, kRows - 1>(rows, columns);
+    if (rows < kRows) return multiply_for<A, E, kAsks, kSplit, kRows - 1>(rows, columns);
   constexpr int64_t kLanes = VectorOf<A>::kLanes;
   constexpr bool kHalves = kVectorBytes == 64 && kDepthOf<E> == 1;
   const int64_t vectors = divide_up(columns, kLanes);
   const bool half = kHalves && (columns - 1) % kLanes < kLanes / 2;
-  if (vectors == 3 && half) return multiply_tile<A, E, kAsks, kRows, 2, kHalves>;
-  if (vectors == 3) return multiply_tile<A, E, kAsks, kRows, 3, false>;
-  if (vectors == 2 && half) return multiply_tile<A, E, kAsks, kRows, 1, kHalves>;
-  if (vectors == 2) return multiply_tile<A, E, kAsks, kRows, 2, false>;
-  return multiply_tile<A, E, kAsks, kRows, 1, false>;
+  if (vectors == 3 && half) return multiply_tile<A, E, kAsks, kSplit, kRows, 2, kHalves>;
+  if (vectors == 3) return multiply_tile<A, E, kAsks, kSplit, kRows, 3, false>;
+  if (vectors == 2 && half) return multiply_tile<A, E, kAsks, kSplit, kRows, 1, kHalves>;
+  if (vectors == 2) return multiply_tile<A, E, kAsks, kSplit, kRows, 2, false>;
+  return multiply_tile<A, E, kAsks, kSplit, kRows, 1, false>;
 }
 static_assert(kTileVectors == 3);
 

@@ -12,7 +12,7 @@ from support import ROOT, available, instruction_sets
 
 FILES = [
     Path(__file__).with_name(f"test_{what}.py")
-    for what in ("pos_gate", "gradcheck", "shapes", "golden", "activation", "table_gradient")
+    for what in ("pos_gate", "gradcheck", "shapes", "golden", "activation", "table_gradient", "split_tiles")
 ]
 
 

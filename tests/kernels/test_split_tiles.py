@@ -1,0 +1,44 @@
+"""Windows with many columns, where the CPU back end splits what a tile of queries takes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support import available
+
+from posmlp_kernels import gqpe_table, pos_gate
+from posmlp_kernels.testing import assert_no_worse
+
+pytestmark = pytest.mark.skipif(not available("cpu"), reason="the cpu back end is not built")
+NAMES = ("z", "dx", "dtable", "dbias")
+
+
+def results(tensors, dz, window, backend, dtype):
+    leaves = [t.detach().to(dtype).requires_grad_() for t in tensors]
+    z = pos_gate(*leaves, window=window, softmax=True, backend=backend)
+    return dict(zip(NAMES, (z.detach(), *torch.autograd.grad(z, leaves, dz.to(dtype))), strict=True))
+
+
+@pytest.mark.parametrize("centre", [0.0, 4.5])
+@pytest.mark.parametrize("sharpness", [0.4, 1.0])
+@pytest.mark.parametrize("window", [(14, 14), (7, 14), (12, 12), (9, 11), (5, 13), (16, 16)])
+def test_split_tiles(window, sharpness, centre):
+    """Gaussians of which few of a tile's queries see an end, in the middle or beside the window."""
+    tokens, groups, channels = window[0] * window[1], 2, 96
+    factor = sharpness * (
+        torch.eye(2) + 0.2 * torch.tensor([[[0.0, 1.0], [0.0, 0.0]], [[1.0, 0.0], [0.0, 0.0]]])
+    )
+    table = gqpe_table(torch.full((groups, 2), centre), factor, window, backend="reference")
+    truth, eager, actual = [], [], []
+    for seed in range(8):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(4, *window, 2 * channels, generator=generator)
+        dz = torch.randn(4, *window, channels, generator=generator)
+        tensors = (x, table, torch.randn(tokens, generator=generator))
+        truth.append(results(tensors, dz, window, "reference", torch.float64))
+        eager.append(results(tensors, dz, window, "reference", torch.float32))
+        actual.append(results(tensors, dz, window, "cpu", torch.float32))
+    assert_no_worse(actual, eager, truth)
+    for name, got in results(tensors, dz, window, "cpu", torch.float64).items():
+        expected = truth[-1][name]
+        assert torch.allclose(got, expected, rtol=0, atol=1e-13 * max(1, expected.abs().max().item())), name
