@@ -273,7 +273,7 @@ class Gate {
     }
     // Sums of few steps have more lines to ask for than steps; otherwise two at a time get in each other's way.
     const bool few = steps_of(window) <= 64;
-    // Small windows are never split.
+    // Windows of so few are never split.
     const auto kernel_for = few ? multiply_for<A, E, kAsksOfFew, false>
                             : weights.is_split() ? multiply_for<A, E, 1, kMaySplit> : multiply_for<A, E, 1, false>;
     const auto finish_tile = [&](const Tile& tile) {

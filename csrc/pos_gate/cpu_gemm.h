@@ -193,7 +193,8 @@ class Packed {
     return adder;
   }
   void take(const Adder& adder) {
-    for (int kind = 0; kind < kRowKinds; ++kind) kinds_[kind].count = int32_t(adder.end_[kind] - kinds_[kind].runs.data());
+    for (int kind = 0; kind < kRowKinds; ++kind)
+      kinds_[kind].count = int32_t(adder.end_[kind] - kinds_[kind].runs.data());
     tile_steps_ += adder.steps_;
   }
   // The tile's last run of all rows, which may be made longer by a step.
@@ -225,8 +226,8 @@ class Packed {
 #include "cpu_gemm_amx.h"  // multiply_tile and add_outer_tile by other instructions
 #else
 // to[r, :] = sum over the steps of some runs, of all rows unless kSplit, of weight[r] * from[row, :]; both have rows of
-// kPanel, of which kVectors vectors count and, if kHalf, half of the next. Meanwhile the wanted cache lines are asked for. Loops over registers are
-// unrolled early: otherwise the sums leave them from one kind of rows to the next.
+// kPanel, of which kVectors vectors count and, if kHalf, half of the next. Meanwhile the wanted cache lines are asked for.
+// Loops over registers are unrolled early: otherwise the sums leave them from one kind of rows to the next.
 template <class A, class E, int kAsks, bool kSplit, int kRows, int kVectors, bool kHalf>
 __attribute__((noinline)) void multiply_tile(const TileRuns& runs, const E* all_weights, const E* from, A* to,
                                              Wanted& wanted) {

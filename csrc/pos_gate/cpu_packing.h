@@ -55,7 +55,8 @@ class Packing {
   bool pays_to_split() const {
     constexpr int64_t kFewPanels = 4, kFewTokens = 64;
     const int64_t tokens = window().tokens;
-    return few_of(kTileRows) > 0 && kDepth == 1 && tokens > kFewTokens && tokens <= kMostSteps && window().panels >= kFewPanels;
+    return few_of(kTileRows) > 0 && kDepth == 1 && tokens > kFewTokens && tokens <= kMostSteps &&
+           window().panels >= kFewPanels;
   }
 
   // The table, for tiles whose tokens lie side by side along the last dimension: their weights do so too, in the table's
