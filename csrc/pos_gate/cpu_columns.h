@@ -51,6 +51,7 @@ inline std::vector<Tile> tiles_of(const WindowClass& cls) {
 struct Window {
   WindowClass cls;
   int64_t tokens, columns, panels;  // columns of all windows of the class, for one group
+  int64_t image_columns;            // those of one image
   std::vector<Tile> tiles;
   std::vector<int64_t> index, place, token;
   std::vector<int64_t> x, dz, z, dx, dx_normed;
@@ -94,7 +95,7 @@ class Columns {
       return offsets;
     };
     const int64_t columns = cls.windows(shape_.batch) * depth();
-    return {cls, cls.tokens(), columns, divide_up(columns, width_), tiles_of(cls),
+    return {cls, cls.tokens(), columns, divide_up(columns, width_), cls.windows(1) * depth(), tiles_of(cls),
             cls.token_indices(shape_), cls.token_offsets(shape_.table_view()), cls.token_offsets(token_),
             bytes(call_.x_view, sizeof(T)), bytes(call_.dz_view, sizeof(T)), bytes(z_, sizeof(T)),
             bytes(dx_, sizeof(T)), bytes(z_, sizeof(A))};

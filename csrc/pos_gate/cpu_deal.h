@@ -9,7 +9,7 @@ namespace posmlp::cpu {
 
 // Each thread has a range of its own, as long as the others', and takes it from the front, so that what comes next lies
 // near what it had; then it takes the last unit of whoever has most left. So nobody waits for long where a thread is slow,
-// or has groups in whose P more weights count: in a trained gate they differ by half and more.
+// or has groups in whose P more weights count.
 class Deal {
  public:
   Deal(int64_t units, int64_t threads) : threads_(threads), ranges_(new Range[threads]) {

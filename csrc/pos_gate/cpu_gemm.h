@@ -7,7 +7,7 @@
 // of its steps, so results do not depend on how the work is cut.
 //
 // Near the end of what a tile's rows reach, few of them have a weight that counts. Where that are its first or its last
-// three, a step takes but these: 9 multiply-adds instead of 21.
+// three, a step takes but these, 9 multiply-adds instead of 21, after those of all rows.
 //
 // What is multiplied are numbers of the accumulation type or, where the processor multiplies bfloat16, pairs of it: two
 // numbers that follow each other in the sum, here called a step, in the place of one.

@@ -96,8 +96,8 @@ Tensor norm_statistics(const Arguments& a, Call& call, const Kernels& kernels) {
   return statistics;
 }
 
-// Runs a kernel on all units of a call, so many times, in as many threads as there are. Where parallel_for, inside of another,
-// has one thread alone, that takes all of them.
+// Runs a kernel on all units of a call, so many times, in as many threads as there are. Where parallel_for, inside of
+// another, has one thread alone, that takes all of them.
 void deal_out(Call& call, size_t times, void (*kernel)(const Call&, int64_t thread)) {
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), call.units());
   std::vector<Deal> deals;

@@ -51,12 +51,13 @@ class Packing {
   const Window& window() const { return weights_.window(); }
 
   // Whether to find the steps of a tile's first or last rows: not where few panels use them, nor in small windows, where
-  // there are few. A panel of large ones lies in the second-level cache, which had better be read once and in order.
+  // there are few. A panel of large ones lies in the second-level cache, which had better be read once and in order. What
+  // an image gives must not depend on the others of its batch: the order of its sums does on this.
   bool pays_to_split() const {
-    constexpr int64_t kFewPanels = 4, kFewTokens = 64;
+    constexpr int64_t kFewTokens = 64;
     const int64_t tokens = window().tokens;
     return few_of(kTileRows) > 0 && kDepth == 1 && tokens > kFewTokens && tokens <= kMostSteps &&
-           window().panels >= kFewPanels;
+           window().image_columns >= 2 * kPanelOf<A>;
   }
 
   // The table, for tiles whose tokens lie side by side along the last dimension: their weights do so too, in the table's

@@ -9,7 +9,7 @@
 // `dense`, each row about its own maximum.
 //
 // Under softmax the weights of a row that are packed sum to 1 but for eps / 8 at most: the others cannot show in a
-// rounded result, and for a Gaussian two fifths of a window of 14 and two thirds of one of 24 are such. What may be left
+// rounded result, and for a Gaussian half of a window of 14 and three quarters of one of 24 are such. What may be left
 // out of a row is what does not exceed its limit, and all of the table up to there, far more than the row has, sums to no
 // more than that.
 // No include guard: every instruction set compiles this text anew, inside its own namespace and target options.

@@ -24,7 +24,7 @@ def results(tensors, dz, window, backend, dtype):
 @pytest.mark.parametrize("window", [(14, 14), (7, 14), (12, 12), (9, 11), (5, 13), (16, 16)])
 def test_split_tiles(window, sharpness, centre):
     """Gaussians of which few of a tile's queries see an end, in the middle or beside the window."""
-    tokens, groups, channels = window[0] * window[1], 2, 96
+    tokens, groups, channels = window[0] * window[1], 2, 192
     factor = sharpness * (
         torch.eye(2) + 0.2 * torch.tensor([[[0.0, 1.0], [0.0, 0.0]], [[1.0, 0.0], [0.0, 0.0]]])
     )
@@ -42,3 +42,19 @@ def test_split_tiles(window, sharpness, centre):
     for name, got in results(tensors, dz, window, "cpu", torch.float64).items():
         expected = truth[-1][name]
         assert torch.allclose(got, expected, rtol=0, atol=1e-13 * max(1, expected.abs().max().item())), name
+
+
+@pytest.mark.parametrize("sides", [1, 2])
+def test_an_image_gives_the_same_bits_alone_and_in_a_batch(sides):
+    """With windows that few panels use alone and many in a batch, and with windows that are split in both."""
+    window, groups, channels = (14, 14), 4, 96
+    generator = torch.Generator().manual_seed(0)
+    table = gqpe_table(torch.zeros(groups, 2), torch.eye(2).expand(groups, 2, 2), window, backend="reference")
+    x = torch.randn(8, 14 * sides, 14 * sides, 2 * channels, generator=generator).requires_grad_()
+    settings = {"window": window, "softmax": True, "backend": "cpu"}
+    z = pos_gate(x, table, **settings)
+    (dx,) = torch.autograd.grad(z.square().sum(), x)
+    alone = x[3:4].detach().requires_grad_()
+    z_alone = pos_gate(alone, table, **settings)
+    assert torch.equal(z_alone, z[3:4])
+    assert torch.equal(torch.autograd.grad(z_alone.square().sum(), alone)[0], dx[3:4])
