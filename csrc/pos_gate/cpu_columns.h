@@ -17,6 +17,7 @@ struct Panel {
   Pieces pieces;
   const Window* window = nullptr;  // whose columns they are,
   int64_t first = 0;               // from this one on
+  bool seated = false;             // whether it has `Seats`
 
   int64_t end() const { return pieces.empty() ? first : first + pieces.back().column + pieces.back().count; }
 };
@@ -78,6 +79,11 @@ struct Map {
   }
 };
 
+// Whether the pieces of a full panel may begin at a column.
+inline bool may_begin_seats(int64_t column, int64_t lanes) {
+  return 2 * column % lanes == 0 && 2 * column != lanes && 2 * column != 5 * lanes;
+}
+
 // The columns of a window class: a unit's is a share of them, for one group, and is cut into panels.
 class Columns {
  public:
@@ -113,6 +119,7 @@ class Columns {
     panel.window = &window;
     panel.first = from;
     panel.pieces.clear();
+    panel.seated = panel.columns == width_;
     for (int64_t q = from; q < to;) {
       Piece& piece = panel.pieces.emplace_back();
       int64_t position[kRank];
@@ -125,6 +132,7 @@ class Columns {
       piece.z = z_.offset(batch, position);
       piece.dx = dx_.offset(batch, position);
       piece.token = token_.offset(batch, position);
+      panel.seated &= may_begin_seats(piece.column, width_ / kTileVectors);
       q += piece.count;
     }
   }

@@ -22,8 +22,6 @@ class Gate {
   static constexpr int kLanes = VectorOf<A>::kLanes;
   static constexpr int64_t kPanel = kPanelOf<A>, kTile = kTileRows * kPanel;
   static constexpr bool kIsPaired = kDepthOf<E> == 2;
-  static constexpr bool kMaySplit = few_of(kTileRows) > 0 && !kIsPaired;  // runs for a tile's first or last rows
-  static constexpr int kAsksOfFew = kStepsAsk ? 2 : 1;  // lines that a step may ask for where a sum has few
   static constexpr int64_t kPanels = std::max<int64_t>(1, 96 / kPanel);  // that dP takes at once
 
   explicit Gate(const Call& call)
@@ -40,9 +38,9 @@ class Gate {
 
   void forward(int64_t thread) {
     Allotment<A> allot(workspace_.storage, ld_ * kPanel + 2 * kTile, 3);
-    take(allot, {{&x1_, ld_ * kPanel}, {&y_, kTile}, {&done_, kTile}});
+    take(allot, {{&x1_, ld_ * kPanel}, {&products_.y, kTile}, {&products_.done, kTile}});
     Allotment<E> operands(workspace_.operands, kIsPaired ? ld_ / 2 * kPanel : 0, 1);
-    take(operands, {{&factor_, kIsPaired ? ld_ / 2 * kPanel : 0}});
+    take(operands, {{&products_.factor, kIsPaired ? ld_ / 2 * kPanel : 0}});
     if (int64_t(workspace_.groups.size()) < kept_groups()) workspace_.groups.resize(kept_groups());
     for (auto& group : workspace_.groups) group.window = nullptr;
     for (size_t i = 0; i < windows_.size(); ++i) {
@@ -54,7 +52,7 @@ class Gate {
         find_group(window);
         if (call_.streams && std::exchange(share, panel_.share) != panel_.share)
           ask_for_next_share(window, deal.end(thread));
-        load_x1(window, nullptr);
+        load_panel<A>(call_, window, panel_, x_map(window, panel_, 0), x1_);
         forward_panel(window);
       });
     }
@@ -65,10 +63,10 @@ class Gate {
     const int64_t panel = ld_ * kPanel, matrix = mixing ? ld_ * ld_ : 0;
     Allotment<A> allot(workspace_.storage, (2 + 2 * kPanels) * panel + 2 * kTile + matrix + kPanel, 8);
     take(allot, {{&x1_, panel}, {&slope1_, panel}, {&du_, kPanels * panel}, {&x1_columns_, kPanels * panel}});
-    take(allot, {{&y_, kTile}, {&done_, kTile}, {&dp_, matrix}, {&mean_, kPanel}});
+    take(allot, {{&products_.y, kTile}, {&products_.done, kTile}, {&dp_, matrix}, {&mean_, kPanel}});
     const int64_t pairs = kIsPaired ? panel / 2 : 0;
     Allotment<E> operands(workspace_.operands, (1 + 2 * kPanels) * pairs, 3);
-    take(operands, {{&factor_, pairs}, {&left_, kPanels * pairs}, {&right_, kPanels * pairs}});
+    take(operands, {{&products_.factor, pairs}, {&left_, kPanels * pairs}, {&right_, kPanels * pairs}});
     for (int64_t unit; (unit = call_.deals->take(thread)) >= 0;) {
       clear_parts(unit);
       for (const Window& window : windows_) backward_class(window, unit);
@@ -87,8 +85,8 @@ class Gate {
       if (index == 0) begin_class(window, mixing);
       const int64_t slot = table_gradient_ ? 0 : index % kPanels;
       A* du = du_ + slot * size;
-      if (panel_.columns < kPanel) clear({{x1_, size}, {du, size}, {y_, kTile}, {done_, kTile}});
-      load_x1(window, slope1_);
+      if (panel_.columns < kPanel) clear({{x1_, size}, {du, size}, {products_.y, kTile}, {products_.done, kTile}});
+      load_panel(call_, window, panel_, x_map(window, panel_, 0), x1_, slope1_);
       if (table_gradient_ && call_.softmax) centre_columns(x1_, window.tokens, mean_);
       backward_panel_to_x2(window, du);
       backward_panel_to_x1(window, du);
@@ -126,18 +124,37 @@ class Gate {
   // Z = (P X1 + b) * X2
   void forward_panel(const Window& window) {
     const auto x2_map = x_map(window, panel_, shape_.channels);
-    const Map<T> z_map{static_cast<T*>(call_.z) + first_channel(), &Piece::z, window.z};
+    const auto z_map = this->z_map(window, panel_);
+    const auto want = [&](const Panel& panel) {
+      wanted_.add(x_map(window, panel, shape_.channels), panel.pieces);
+      wanted_.add(this->z_map(window, panel), panel.pieces);
+      wanted_.add(x_map(window, next_panel_, 0), next_panel_.pieces);
+    };
+    const bool through = products_.passes_through(window, group_->rows);
     if (!call_.streams) {
       wanted_.clear();
-      wanted_.add(x2_map, panel_.pieces);
-      wanted_.add(z_map, panel_.pieces);
-      wanted_.add(x_map(window, next_panel_, 0), next_panel_.pieces);
+      want(panel_);
+      wanted_.then();
+      if (through) want(next_panel_);
     }
     with_constant(call_.activation, [&](auto activation) {
-      multiply_panel(window, group_->rows, x1_, [&](const Piece& piece, int64_t from, int64_t to) {
+      if constexpr (Products<T>::template kMayPassThrough<activation>) {
+        if (through) {
+          const Seats<A, const T> x2_seats(x2_map, panel_);
+          const Seats<A, T> z_seats(z_map, panel_);
+          return products_.multiply_through(window, group_->rows, x1_, [&](const Tile& tile) {
+            const A *bias = &workspace_.bias[tile.first], *scale = &group_->scale[tile.first];
+            return [=, x2 = x2_seats.from(tile.first), z = z_seats.from(tile.first)](int64_t k, int v, Vec<A> y)
+                __attribute__((always_inline)) {
+              z.store(k, v, (y * scale[k] + bias[k]) * activated<activation>(x2.load(k, v)));
+            };
+          });
+        }
+      }
+      products_.multiply_panel(window, group_->rows, x1_, [&](const Piece& piece, int64_t from, int64_t to) {
         const auto x2 = x2_map.rows(piece, from);
         const auto z = z_map.rows(piece, from);
-        const A *y = done_ + piece.column, *bias = &workspace_.bias[from], *scale = &group_->scale[from];
+        const A *y = products_.done + piece.column, *bias = &workspace_.bias[from], *scale = &group_->scale[from];
         for_each_vector<A, T>(to - from, piece.count, [=](auto lanes, int64_t k, int64_t c) {
           const auto sum = load_as<A>(lanes, y + k * kPanel + c) * scale[k] + bias[k];
           store_as(lanes, z(k) + c, sum * activated<activation>(load_as<A>(lanes, x2(k) + c)));
@@ -148,20 +165,42 @@ class Gate {
 
   // dX2 = dZ * (P X1 + b), and dU = dZ * X2, rows scaled, into `to_du`.
   void backward_panel_to_x2(const Window& window, A* to_du) {
-    const auto x2_map = x_map(window, panel_, shape_.channels);
-    const auto dx2_map = dx_map(window, shape_.channels);
-    const Map<const T> dz_map{static_cast<const T*>(call_.dz) + first_channel(), &Piece::dz, window.dz};
+    const auto x2_map = x_map(window, panel_, shape_.channels), dz_map = this->dz_map(window, panel_);
+    const auto dx2_map = dx_map(window, panel_, shape_.channels);
+    const bool through = products_.passes_through(window, group_->rows);
     wanted_.clear();
-    wanted_.add(x2_map, panel_.pieces);
-    wanted_.add(dz_map, panel_.pieces);
-    wanted_.add(dx2_map, panel_.pieces);
+    want_x2_and_gradients(window, panel_);
+    wanted_.then();
+    if (through) want_dx1(window);
+    const auto add_rows = [&](const Tile& tile) { add_row_sums(tile, to_du + tile.first * kPanel); };
     with_constant(call_.activation, [&](auto activation) {
-      const auto add_rows = [&](const Tile& tile) { add_row_sums(tile, to_du + tile.first * kPanel); };
+      if constexpr (Products<T>::template kMayPassThrough<activation>) {
+        if (through) {
+          const Seats<A, const T> x2_seats(x2_map, panel_), dz_seats(dz_map, panel_);
+          const Seats<A, T> dx2_seats(dx2_map, panel_);
+          const auto way_out = [&](const Tile& tile) {
+            const int64_t first = tile.first;
+            const A *bias = &workspace_.bias[first], *scale = &group_->scale[first], *mean = mean_;
+            A *du = to_du + first * kPanel, *to_y = products_.done;
+            return [=, x2 = x2_seats.from(first), dz = dz_seats.from(first), dx2 = dx2_seats.from(first)](
+                       int64_t k, int v, Vec<A> y) __attribute__((always_inline)) {
+              const int64_t at = k * kPanel + v * kLanes;
+              const auto gradient = dz.load(k, v);
+              const auto gate = activated_with_slope<activation>(x2.load(k, v));
+              const auto sum = y * scale[k] + bias[k] + load<A>(mean + v * kLanes);
+              dx2.store(k, v, gradient * sum * gate.slope);
+              store(du + at, gradient * gate.value * scale[k]);
+              store(to_y + at, y);
+            };
+          };
+          return products_.multiply_through(window, group_->rows, x1_, way_out, add_rows);
+        }
+      }
       const auto finish = [&](const Piece& piece, int64_t from, int64_t to) {
         const auto x2 = x2_map.rows(piece, from);
         const auto dz = dz_map.rows(piece, from);
         const auto dx2 = dx2_map.rows(piece, from);
-        const A *y = done_ + piece.column, *bias = &workspace_.bias[from], *scale = &group_->scale[from];
+        const A *y = products_.done + piece.column, *bias = &workspace_.bias[from], *scale = &group_->scale[from];
         A *du = to_du + from * kPanel + piece.column, *mean = mean_ + piece.column;
         for_each_vector<A, T>(to - from, piece.count, [=](auto lanes, int64_t k, int64_t c) {
           const auto gradient = load_as<A>(lanes, dz(k) + c);
@@ -171,30 +210,57 @@ class Gate {
           store_as(lanes, du + k * kPanel + c, gradient * gate.value * scale[k]);
         });
       };
-      multiply_panel(window, group_->rows, x1_, finish, add_rows);
+      products_.multiply_panel(window, group_->rows, x1_, finish, add_rows);
     });
   }
 
   // dX1 = P^T dU; what the norm's gradient starts from where there is one.
   void backward_panel_to_x1(const Window& window, const A* du) {
-    if (!call_.norm_weight) return multiply_into(dx_map(window, 0), window, du, slope1_);
-    multiply_into(Map<A>{static_cast<A*>(call_.dx_normed) + first_channel(), &Piece::z, window.dx_normed}, window, du,
-                  nullptr);
+    if (!call_.norm_weight) return multiply_into(dx_map(window, panel_, 0), window, du, slope1_);
+    multiply_into(dx_normed_map(window), window, du, nullptr);
   }
   template <class U>
   void multiply_into(const Map<U>& out, const Window& window, const A* du, const A* slopes) {
     if (call_.activation == Activation::none) slopes = nullptr;
+    const bool through = products_.passes_through(window, group_->columns);
     wanted_.clear();
-    wanted_.add(out, panel_.pieces);
-    wanted_.add(x_map(window, next_panel_, 0), next_panel_.pieces);
-    multiply_panel(window, group_->columns, du, [&](const Piece& piece, int64_t from, int64_t to) {
+    want_dx1(window);
+    wanted_.then();
+    if (through) want_x2_and_gradients(window, next_panel_);
+    if constexpr (Products<T>::template kMayPassThrough<Activation::none>) {
+      const auto pass = [&](auto has_slopes) {
+        const Seats<A, U> dx1_seats(out, panel_);
+        products_.multiply_through(window, group_->columns, du, [&](const Tile& tile) {
+          return [=, first = slopes + tile.first * kPanel, dx1 = dx1_seats.from(tile.first)](
+                     int64_t k, int v, Vec<A> y) __attribute__((always_inline)) {
+            dx1.store(k, v, has_slopes ? y * load<A>(first + k * kPanel + v * kLanes) : y);
+          };
+        });
+      };
+      if (through) return slopes ? pass(std::true_type()) : pass(std::false_type());
+    }
+    products_.multiply_panel(window, group_->columns, du, [&](const Piece& piece, int64_t from, int64_t to) {
       const auto dx1 = out.rows(piece, from);
-      const A *y = done_ + piece.column, *slope = slopes ? slopes + from * kPanel + piece.column : nullptr;
+      const A *y = products_.done + piece.column, *slope = slopes ? slopes + from * kPanel + piece.column : nullptr;
       for_each_vector<A, T>(to - from, piece.count, [=](auto lanes, int64_t k, int64_t c) {
         const auto sum = load_as<A>(lanes, y + k * kPanel + c);
         store_as(lanes, dx1(k) + c, slope ? sum * load_as<A>(lanes, slope + k * kPanel + c) : sum);
       });
     });
+  }
+
+  // What the two products of a backward touch besides panels; the second one's, while X1 of the next panel is asked for.
+  void want_x2_and_gradients(const Window& window, const Panel& panel) {
+    wanted_.add(x_map(window, panel, shape_.channels), panel.pieces);
+    wanted_.add(dz_map(window, panel), panel.pieces);
+    wanted_.add(dx_map(window, panel, shape_.channels), panel.pieces);
+  }
+  void want_dx1(const Window& window) {
+    if (call_.norm_weight)
+      wanted_.add(dx_normed_map(window), panel_.pieces);
+    else
+      wanted_.add(dx_map(window, panel_, 0), panel_.pieces);
+    wanted_.add(x_map(window, next_panel_, 0), next_panel_.pieces);
   }
 
   // dP += dU X1^T over the last panels.
@@ -257,45 +323,13 @@ class Gate {
       }
     }
     const int64_t panels = divide_up(end - begin, kPanel) * shape_.groups;
-    wanted_.spread(rows, bytes, kAsksOfFew * panels * int64_t(window.tiles.size()) * steps_of(window));
+    wanted_.spread(rows, bytes, Products<T>::asks(window) * panels);
   }
 
-  // The product of packed weights and a panel, tile by tile, while the wanted rows of the tile's tokens are asked for.
-  // `finish(piece, from, to)` takes a tile from `done_` after the next one's product: by then the rows are there, and what
-  // lies across two vectors of the product can be read without waiting for its stores. `finish_rows(tile)` comes after that.
-  template <class Finish, class FinishRows = void (*)(const Tile&)>
-  void multiply_panel(const Window& window, const Packed<E>& weights, const A* panel, Finish&& finish,
-                      FinishRows&& finish_rows = [](const Tile&) {}) {
-    const E* factor = operands_of_rows<E>(panel, window.tokens, kPanel, factor_);
-    if constexpr (kStepsAtOnce > 1) {  // the last steps' zeros, where a larger window may have left anything
-      const int64_t steps = steps_of(window);
-      std::fill(factor_ + steps * kPanel, factor_ + round_up(steps, kStepsAtOnce) * kPanel, E{});
-    }
-    // Sums of few steps have more lines to ask for than steps; otherwise two at a time get in each other's way.
-    const bool few = steps_of(window) <= 64;
-    // Windows of so few are never split.
-    const auto kernel_for = few ? multiply_for<A, E, kAsksOfFew, false>
-                            : weights.is_split() ? multiply_for<A, E, 1, kMaySplit> : multiply_for<A, E, 1, false>;
-    const auto finish_tile = [&](const Tile& tile) {
-      for (const Piece& piece : panel_.pieces) finish(piece, tile.first, tile.last);
-      finish_rows(tile);
-    };
-    for (size_t i = 0; i < window.tiles.size(); ++i) {
-      const Tile& tile = window.tiles[i];
-      wanted_.begin_tile(tile.first, tile.last, weights.steps[i]);
-      multiply(kernel_for(tile.rows(), panel_.columns), weights, i, factor, y_, wanted_);
-      wanted_.end_tile();
-      if (i > 0) finish_tile(window.tiles[i - 1]);
-      std::swap(y_, done_);
-    }
-    finish_tile(window.tiles.back());
-  }
   template <class U>
   static void take(Allotment<U>& allot, std::initializer_list<std::pair<U**, int64_t>> buffers) {
     for (const auto& [buffer, count] : buffers) *buffer = allot.take(count);
   }
-
-  static int64_t steps_of(const Window& window) { return divide_up(window.tokens, kDepthOf<E>); }  // of a whole sum
 
   int64_t first_channel() const { return panel_.group * depth_; }
 
@@ -303,52 +337,23 @@ class Gate {
     return {static_cast<const T*>(call_.x) + panel.group * depth_ + channel, &Piece::x, window.x};
   }
 
-  Map<T> dx_map(const Window& window, int64_t channel) const {
-    return {static_cast<T*>(call_.dx) + first_channel() + channel, &Piece::dx, window.dx};
+  Map<T> z_map(const Window& window, const Panel& panel) const {
+    return {static_cast<T*>(call_.z) + panel.group * depth_, &Piece::z, window.z};
+  }
+
+  Map<const T> dz_map(const Window& window, const Panel& panel) const {
+    return {static_cast<const T*>(call_.dz) + panel.group * depth_, &Piece::dz, window.dz};
+  }
+
+  Map<T> dx_map(const Window& window, const Panel& panel, int64_t channel) const {
+    return {static_cast<T*>(call_.dx) + panel.group * depth_ + channel, &Piece::dx, window.dx};
+  }
+  Map<A> dx_normed_map(const Window& window) const {
+    return {static_cast<A*>(call_.dx_normed) + first_channel(), &Piece::z, window.dx_normed};
   }
 
   static void clear(std::initializer_list<std::pair<A*, int64_t>> buffers) {
     for (const auto& [buffer, count] : buffers) std::fill(buffer, buffer + count, A(0));
-  }
-
-  // ---- what happens to a panel and to a tile ----
-
-  // The panel is activated as a whole: by then no vector has to be pieced together out of stores under way.
-  void load_x1(const Window& window, A* slopes) const {
-    const auto map = x_map(window, panel_, 0);
-    for (const Tile& tile : window.tiles)
-      for (const Piece& piece : panel_.pieces) {
-        const auto x = map.rows(piece, tile.first);
-        A* x1 = x1_ + tile.first * kPanel + piece.column;
-        for_each_vector<A, T>(tile.rows(), piece.count, [=](auto lanes, int64_t k, int64_t c) {
-          store_as(lanes, x1 + k * kPanel + c, load_as<A>(lanes, x(k) + c));
-        });
-      }
-    activate(window.tokens, slopes);
-    if (call_.norm_weight) normalise(window);
-  }
-
-  void activate(int64_t tokens, A* slopes) const {
-    with_constant(call_.activation, [&](auto activation) {
-      if (activation == Activation::none) return;
-      for_each_vector<A, A>(tokens, panel_.columns, [=, x1 = x1_](auto lanes, int64_t k, int64_t c) {
-        const int64_t at = k * kPanel + c;
-        store_activated<activation>(lanes, load_as<A>(lanes, x1 + at), x1 + at, slopes ? slopes + at : nullptr);
-      });
-    });
-  }
-
-  void normalise(const Window& window) const {
-    const A *mean = static_cast<const A*>(call_.norm_mean), *rstd = static_cast<const A*>(call_.norm_rstd);
-    const A* weight = static_cast<const A*>(call_.norm_weight) + first_channel();
-    const A* bias = static_cast<const A*>(call_.norm_bias) + first_channel();
-    for (int64_t k = 0; k < window.tokens; ++k)
-      for (const Piece& piece : panel_.pieces) {
-        A* row = x1_ + k * kPanel + piece.column;
-        const A m = mean[piece.token + window.token[k]], r = rstd[piece.token + window.token[k]];
-        for (int64_t c = 0; c < piece.count; ++c)
-          row[c] = (row[c] - m) * r * weight[piece.channel + c] + bias[piece.channel + c];
-      }
   }
 
   // ---- gradients of the parameters ----
@@ -375,7 +380,7 @@ class Gate {
   void add_row_sums(const Tile& tile, const A* du) {
     if (call_.dbias_parts) workspace_.bias_sums.add(tile, [=](int64_t at) { return load<A>(du + at); });
     if (table_gradient_ && call_.softmax && call_.dtable_parts)
-      workspace_.dots.add(tile, [=](int64_t at) { return load<A>(du + at) * load<A>(done_ + at); });
+      workspace_.dots.add(tile, [=](int64_t at) { return load<A>(du + at) * load<A>(products_.done + at); });
   }
   void store_bias_gradient(const Window& window, int64_t unit) const {
     A* part = static_cast<A*>(call_.dbias_parts) + unit * shape_.window_tokens();
@@ -404,12 +409,11 @@ class Gate {
   GroupMixing<A, E>* group_ = nullptr;  // of the panel at hand
   TableGradient<A>* table_gradient_ = nullptr;  // of a backward's group and windows, if that is how to find it
   Wanted wanted_;
+  Products<T> products_{panel_, wanted_};
   std::vector<std::vector<int32_t>> active_;
   // Panels [tokens, kPanel], and kPanels of them for dP: dU, and X1 with tokens side by side.
   A *x1_ = nullptr, *slope1_ = nullptr, *du_ = nullptr, *x1_columns_ = nullptr;
-  // Tiles [kTileRows, kPanel]; y is the one at hand, done the one before it.
-  A *y_ = nullptr, *done_ = nullptr;
-  E *factor_ = nullptr, *left_ = nullptr, *right_ = nullptr;  // room for pairs: of a product's panel, and for dP
+  E *left_ = nullptr, *right_ = nullptr;  // room for pairs, for dP
   A* mean_ = nullptr;  // [kPanel], what a backward's x1 lacks
   A* dp_ = nullptr;  // [tokens, tokens] of the window class at hand
   int64_t ld_ = 0;

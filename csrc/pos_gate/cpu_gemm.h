@@ -95,141 +95,21 @@ inline void store_operands(E* to, DoubleVec first, DoubleVec second) {
     store_pairs(to, first, second);
 }
 
-constexpr int32_t kMostSteps = 256;  // that are summed in one go
 #ifdef POSMLP_AMX
 constexpr int kStepsAtOnce = 16;  // of one instruction; where a sum has fewer, zeros
 #else
 constexpr int kStepsAtOnce = 1;
 #endif
 
-// Steps of a tile that follow each other, at most kMostSteps: the panel's from `row` on, with a weight for each of the
-// tile's rows, `stride` apart.
-struct Run {
-  int64_t at;            // where `weights` has the first step's
-  int32_t row;           // first step * kPanel: where the multiplied panel has it
-  int32_t count, stride;
-};
-
-// Which rows of a tile the steps of a run are for.
-enum Rows { kAllRows, kFirstRows, kLastRows, kRowKinds };
-
-// How many rows are the first ones of a tile, or the last ones; of a low tile none, for which a step costs little anyway.
-constexpr int few_of(int64_t rows) { return rows >= 6 ? int(rows / 2) : 0; }
-
-// The runs of a tile, for each kind of rows.
-struct TileRuns {
-  struct {
-    const Run *begin, *end;
-  } of[kRowKinds];
-};
-
-// P or its transpose, cut into tiles. Only what matters is there: for each tile the steps in which any of its rows has a
-// weight worth adding.
-template <class E>
-class Packed {
- public:
-  std::vector<E> weights;      // where the runs have theirs
-  std::vector<int32_t> steps;  // of each tile
-  int32_t most_steps = 0;
-  WindowSizes complete{};  // of a window all of whose weights are there, in the table; otherwise zeros
-
-  int64_t tiles() const { return int64_t(steps.size()); }
-  bool is_split() const { return kinds_[kFirstRows].count + kinds_[kLastRows].count > 0; }  // not all are of all rows
-  TileRuns runs_of(int64_t tile) const {
-    TileRuns runs;
-    for (int kind = 0; kind < kRowKinds; ++kind) {
-      const Kind& k = kinds_[kind];
-      runs.of[kind] = {k.runs.data() + k.begin[tile], k.runs.data() + k.begin[tile + 1]};
-    }
-    return runs;
-  }
-  size_t bytes() const {
-    size_t runs = 0;
-    for (const Kind& kind : kinds_) runs += kind.runs.size();
-    return weights.size() * sizeof(E) + runs * sizeof(Run);
-  }
-
-  void clear() {  // but for the weights, which their packing writes anew
-    for (Kind& kind : kinds_) {
-      kind.begin.assign(1, 0);
-      kind.count = 0;
-    }
-    steps.clear();
-    tile_steps_ = most_steps = 0;
-    complete = {};
-  }
-  // A run of all rows of the tile at hand.
-  void add(int64_t at, int64_t row, int64_t steps, int64_t stride) {
-    Adder adder = make_room(1);
-    adder.add(kAllRows, at, row, steps, stride);
-    take(adder);
-  }
-  // Runs of the tile at hand, one by one. Those without steps are written too, but not kept: a branch would often be
-  // foreseen wrongly.
-  class Adder {
-   public:
-    void add(Rows rows, int64_t at, int64_t row, int64_t steps, int64_t stride = -1) {
-      Run& run = *end_[rows];  // filled in place: a copy would wait for the single stores
-      run.at = at;
-      run.row = int32_t(row);
-      run.count = int32_t(steps);
-      run.stride = int32_t(stride);
-      end_[rows] += steps > 0;
-      steps_ += int32_t(steps);
-    }
-
-   private:
-    friend class Packed;
-    Run* end_[kRowKinds];
-    int32_t steps_ = 0;
-  };
-  Adder make_room(int64_t runs) {  // for so many of each kind
-    Adder adder;
-    for (int kind = 0; kind < kRowKinds; ++kind) {
-      Kind& k = kinds_[kind];
-      if (k.runs.size() < size_t(k.count + runs)) k.runs.resize(2 * (k.count + runs));
-      adder.end_[kind] = &k.runs[k.count];
-    }
-    return adder;
-  }
-  void take(const Adder& adder) {
-    for (int kind = 0; kind < kRowKinds; ++kind)
-      kinds_[kind].count = int32_t(adder.end_[kind] - kinds_[kind].runs.data());
-    tile_steps_ += adder.steps_;
-  }
-  // The tile's last run of all rows, which may be made longer by a step.
-  Run* last_run() { return kinds_[kAllRows].count > kinds_[kAllRows].begin.back() ? &last() : nullptr; }
-  void lengthen() {
-    ++last().count;
-    ++tile_steps_;
-  }
-  bool has_steps() const { return tile_steps_ > 0; }
-  void end_tile() {  // which has a step at least
-    for (Kind& kind : kinds_) kind.begin.push_back(kind.count);
-    steps.push_back(tile_steps_);
-    most_steps = std::max(most_steps, std::exchange(tile_steps_, 0));
-  }
-
- private:
-  struct Kind {
-    std::vector<int32_t> begin{0};  // [tiles + 1], into `runs`
-    std::vector<Run> runs;          // with room for more: `count` of them
-    int32_t count = 0;
-  };
-  Run& last() { return kinds_[kAllRows].runs[kinds_[kAllRows].count - 1]; }
-
-  Kind kinds_[kRowKinds];
-  int32_t tile_steps_ = 0;  // of the tile at hand
-};
-
 #ifdef POSMLP_AMX
 #include "cpu_gemm_amx.h"  // multiply_tile and add_outer_tile by other instructions
 #else
-// to[r, :] = sum over the steps of some runs, of all rows unless kSplit, of weight[r] * from[row, :]; both have rows of
-// kPanel, of which kVectors vectors count and, if kHalf, half of the next. Meanwhile the wanted cache lines are asked for.
+// sum[r, :] = sum over the steps of some runs, of all rows unless kSplit, of weight[r] * from[row, :], whose rows are of
+// kPanel, of which kVectors vectors count and, if kHalf, half of the next. `out` is where the sums go, in rows of kPanel too,
+// or what is called with each vector of them, `out(row, vector, sum)`. Meanwhile the wanted cache lines are asked for.
 // Loops over registers are unrolled early: otherwise the sums leave them from one kind of rows to the next.
-template <class A, class E, int kAsks, bool kSplit, int kRows, int kVectors, bool kHalf>
-__attribute__((noinline)) void multiply_tile(const TileRuns& runs, const E* all_weights, const E* from, A* to,
+template <class A, class E, int kAsks, bool kSplit, int kRows, int kVectors, bool kHalf, class Out>
+__attribute__((noinline)) void multiply_tile(const TileRuns& runs, const E* all_weights, const E* from, const Out& out,
                                              Wanted& wanted) {
   constexpr int kLanes = VectorOf<A>::kLanes, kPanel = kTileVectors * kLanes, kFew = kSplit ? few_of(kRows) : 0;
   Vec<A> sums[kRows][kVectors];
@@ -276,36 +156,43 @@ __attribute__((noinline)) void multiply_tile(const TileRuns& runs, const E* all_
     if (last_begin < last_end) add(std::integral_constant<int, kRows - kFew>(), all, last_begin, last_end);
   }
   wanted.queue = queue;
+  const Out way_out = out;  // a copy, which compilers know that no store changes
   POSMLP_UNROLL for (int r = 0; r < kRows; ++r) {
-    POSMLP_UNROLL for (int v = 0; v < kVectors; ++v) store(to + r * kPanel + v * kLanes, sums[r][v]);
-    if (kHalf) store(to + r * kPanel + kVectors * kLanes, halves[r]);
+    if constexpr (std::is_pointer_v<Out>) {
+      POSMLP_UNROLL for (int v = 0; v < kVectors; ++v) store(way_out + r * kPanel + v * kLanes, sums[r][v]);
+      if (kHalf) store(way_out + r * kPanel + kVectors * kLanes, halves[r]);
+    } else {
+      POSMLP_UNROLL for (int v = 0; v < kVectors; ++v) way_out(r, v, sums[r][v]);
+    }
   }
 }
 #endif
 
 // That for a tile's rows, and as many vectors as the columns take. Half a vector is half the work where AVX-512 is done
 // in halves.
-template <class A, class E>
-using Multiply = void (*)(const TileRuns&, const E*, const E*, A*, Wanted&);
-template <class A, class E, int kAsks, bool kSplit, int kRows = kTileRows>
-inline Multiply<A, E> multiply_for(int64_t rows, int64_t columns) {
+template <class E, class Out>
+using Multiply = void (*)(const TileRuns&, const E*, const E*, const Out&, Wanted&);
+template <class A, class E, class Out, int kAsks, bool kSplit, int kRows = kTileRows>
+inline Multiply<E, Out> multiply_for(int64_t rows, int64_t columns) {
   if constexpr (kRows > kLeastRows)
-    if (rows < kRows) return multiply_for<A, E, kAsks, kSplit, kRows - 1>(rows, columns);
+    if (rows < kRows) return multiply_for<A, E, Out, kAsks, kSplit, kRows - 1>(rows, columns);
   constexpr int64_t kLanes = VectorOf<A>::kLanes;
   constexpr bool kHalves = kVectorBytes == 64 && kDepthOf<E> == 1;
   const int64_t vectors = divide_up(columns, kLanes);
   const bool half = kHalves && (columns - 1) % kLanes < kLanes / 2;
-  if (vectors == 3 && half) return multiply_tile<A, E, kAsks, kSplit, kRows, 2, kHalves>;
-  if (vectors == 3) return multiply_tile<A, E, kAsks, kSplit, kRows, 3, false>;
-  if (vectors == 2 && half) return multiply_tile<A, E, kAsks, kSplit, kRows, 1, kHalves>;
-  if (vectors == 2) return multiply_tile<A, E, kAsks, kSplit, kRows, 2, false>;
-  return multiply_tile<A, E, kAsks, kSplit, kRows, 1, false>;
+  if constexpr (std::is_pointer_v<Out>) {  // anything else takes full panels
+    if (vectors == 3 && half) return multiply_tile<A, E, kAsks, kSplit, kRows, 2, kHalves, Out>;
+    if (vectors == 2 && half) return multiply_tile<A, E, kAsks, kSplit, kRows, 1, kHalves, Out>;
+    if (vectors == 2) return multiply_tile<A, E, kAsks, kSplit, kRows, 2, false, Out>;
+    if (vectors == 1) return multiply_tile<A, E, kAsks, kSplit, kRows, 1, false, Out>;
+  }
+  return multiply_tile<A, E, kAsks, kSplit, kRows, 3, false, Out>;
 }
 static_assert(kTileVectors == 3);
 
 // A tile of the product. Where a sum has many steps it is one of short sums, which rounds less than a long one.
 template <class A, class E>
-inline void multiply(Multiply<A, E> multiply_runs, const Packed<E>& packed, int64_t tile, const E* from, A* to,
+inline void multiply(Multiply<E, A*> multiply_runs, const Packed<E>& packed, int64_t tile, const E* from, A* to,
                      Wanted& wanted) {
   const TileRuns runs = packed.runs_of(tile);
   const E* const weights = packed.weights.data();

@@ -12,7 +12,11 @@ namespace {
 
 #include "cpu_columns.h"
 
+#include "cpu_seats.h"
+
 #include "cpu_wanted.h"
+
+#include "cpu_packed.h"
 
 #include "cpu_gemm.h"
 
@@ -31,6 +35,10 @@ namespace {
 #include "cpu_mixing.h"
 
 #include "cpu_workspace.h"
+
+#include "cpu_way_in.h"
+
+#include "cpu_products.h"
 
 #include "cpu_gate.h"
 

@@ -37,6 +37,37 @@ inline void store(A* p, V v) {
   static_assert(std::is_same_v<A, ElementOf<V>>);
   __builtin_memcpy(p, &v, sizeof v);
 }
+// A vector of two halves, and the first (kHalf = 0) or the second half of a vector.
+template <class V, class H, int... kIndex>
+inline V join(H first, H second, std::integer_sequence<int, kIndex...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(first, second, kIndex...);
+#else
+  V v;
+  __builtin_memcpy(&v, &first, sizeof first);
+  __builtin_memcpy(reinterpret_cast<char*>(&v) + sizeof first, &second, sizeof second);
+  return v;
+#endif
+}
+template <class H, int kHalf, class V, int... kIndex>
+inline H half_of(V v, std::integer_sequence<int, kIndex...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(v, v, (kHalf * int(sizeof...(kIndex)) + kIndex)...);
+#else
+  H half;
+  __builtin_memcpy(&half, reinterpret_cast<const char*>(&v) + kHalf * sizeof half, sizeof half);
+  return half;
+#endif
+}
+template <class A>
+inline Vec<A> join(Vec<A, VectorOf<A>::kLanes / 2> first, Vec<A, VectorOf<A>::kLanes / 2> second) {
+  return join<Vec<A>>(first, second, std::make_integer_sequence<int, VectorOf<A>::kLanes>());
+}
+template <class A, int kHalf>
+inline Vec<A, VectorOf<A>::kLanes / 2> half_of(Vec<A> v) {
+  constexpr int kLanes = VectorOf<A>::kLanes / 2;
+  return half_of<Vec<A, kLanes>, kHalf>(v, std::make_integer_sequence<int, kLanes>());
+}
 // A vector of doubles, rounded once.
 template <class A>
 inline void store_rounded(A* p, DoubleVec v) {

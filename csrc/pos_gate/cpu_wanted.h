@@ -76,6 +76,7 @@ class Wanted {
   // From now on nothing.
   void clear() {
     lines_.clear();
+    now_ = kAll;
     queue.pace_ = Queue::kOne;
     spread_ = false;
   }
@@ -90,10 +91,15 @@ class Wanted {
       for (const char* line = row - size_t(row) % kLine; line < end; line += kLine) add(line, map.offset);
     }
   }
-  void begin_tile(int64_t first, int64_t last, int64_t steps) {
+  // What is added from now on is for the panel or the product that follows.
+  void then() { now_ = lines_.size(); }
+
+  void begin_tile(const Tile& tile, int64_t steps, bool follows = false) {
     if (spread_) return;
-    ask_for(first, last);
-    if (!kStepsAsk) keep_pace(int64_t(lines_.size()) * (last - first), steps);
+    const size_t now = std::min(now_, lines_.size());
+    const auto [begin, end] = follows ? std::pair(now, lines_.size()) : std::pair(size_t(0), now);
+    ask_for(tile.first, tile.last, begin, end);
+    if (!kStepsAsk) keep_pace(int64_t(end - begin) * tile.rows(), steps);
   }
   void end_tile() {
     if (!spread_) queue.ask_for_the_rest();
@@ -108,7 +114,7 @@ class Wanted {
     const int64_t count = divide_up(bytes, int64_t(kLine));
     while (int64_t(side_by_side_.size()) < count) side_by_side_.push_back(side_by_side_.size() * kLine);
     for (const void* address : addresses) add(static_cast<const char*>(address), side_by_side_);
-    ask_for(0, count);
+    ask_for(0, count, 0, lines_.size());
     keep_pace(count * int64_t(addresses.size()), times);
   }
 
@@ -120,9 +126,9 @@ class Wanted {
     lines.first = first;
     lines.offset = offsets.data();
   }
-  void ask_for(int64_t first, int64_t last) {
-    queue.lines_ = lines_.data();
-    queue.end_ = queue.lines_ + lines_.size();
+  void ask_for(int64_t first, int64_t last, size_t begin, size_t end) {
+    queue.lines_ = lines_.data() + begin;
+    queue.end_ = lines_.data() + end;
     queue.at_ = queue.first_ = first;
     queue.last_ = last;
   }
@@ -132,6 +138,8 @@ class Wanted {
     queue.due_ = 0;
   }
 
+  static constexpr size_t kAll = size_t(-1);
+  size_t now_ = kAll;  // of the lines; the others are for what follows
   std::vector<Queue::Lines> lines_;
   std::vector<int64_t> side_by_side_;  // offsets of lines
   bool spread_ = false;
