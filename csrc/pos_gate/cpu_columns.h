@@ -11,13 +11,19 @@ struct Piece {
   int64_t token;         // its number in [B * map], for the norm
 };
 using Pieces = std::vector<Piece>;
+
+// How the vectors of a full panel lie in its windows, if that is simple. By halves: the first and the last in one each, the
+// one between by halves that may be in two; so do groups of 16, 24, 32 or 48 channels in vectors of 16. By quarters: four
+// windows of three each, 12 channels.
+enum class Seating { none, halves, quarters };
+
 struct Window;
 struct Panel {
   int64_t share = 0, group = 0, columns = 0;
   Pieces pieces;
   const Window* window = nullptr;  // whose columns they are,
   int64_t first = 0;               // from this one on
-  bool seated = false;             // whether it has `Seats`
+  Seating seating = Seating::none;
 
   int64_t end() const { return pieces.empty() ? first : first + pieces.back().column + pieces.back().count; }
 };
@@ -79,11 +85,6 @@ struct Map {
   }
 };
 
-// Whether the pieces of a full panel may begin at a column.
-inline bool may_begin_seats(int64_t column, int64_t lanes) {
-  return 2 * column % lanes == 0 && 2 * column != lanes && 2 * column != 5 * lanes;
-}
-
 // The columns of a window class: a unit's is a share of them, for one group, and is cut into panels.
 class Columns {
  public:
@@ -119,7 +120,6 @@ class Columns {
     panel.window = &window;
     panel.first = from;
     panel.pieces.clear();
-    panel.seated = panel.columns == width_;
     for (int64_t q = from; q < to;) {
       Piece& piece = panel.pieces.emplace_back();
       int64_t position[kRank];
@@ -132,9 +132,9 @@ class Columns {
       piece.z = z_.offset(batch, position);
       piece.dx = dx_.offset(batch, position);
       piece.token = token_.offset(batch, position);
-      panel.seated &= may_begin_seats(piece.column, width_ / kTileVectors);
       q += piece.count;
     }
+    panel.seating = seating_of(panel);
   }
 
   // Calls `work(index)` for each panel of the columns of the units that `next_unit()` gives until it gives -1, when it is
@@ -166,6 +166,14 @@ class Columns {
   }
 
  private:
+  Seating seating_of(const Panel& panel) const {
+    if (panel.columns < width_) return Seating::none;
+    const int64_t lanes = width_ / kTileVectors;
+    if (lanes == 16 && 4 * depth() == width_) return Seating::quarters;
+    for (const Piece& piece : panel.pieces)
+      if (2 * piece.column % lanes != 0 || 2 * piece.column == lanes || 2 * piece.column == 5 * lanes) return Seating::none;
+    return Seating::halves;
+  }
   int64_t depth() const { return shape_.group_channels(); }
 
   const Call& call_;

@@ -139,17 +139,18 @@ class Gate {
     }
     with_constant(call_.activation, [&](auto activation) {
       if constexpr (Products<T>::template kMayPassThrough<activation>) {
-        if (through) {
-          const Seats<A, const T> x2_seats(x2_map, panel_);
-          const Seats<A, T> z_seats(z_map, panel_);
-          return products_.multiply_through(window, group_->rows, x1_, [&](const Tile& tile) {
+        const auto pass = [&](auto seating) {
+          const Seats<seating, A, const T> x2_seats(x2_map, panel_);
+          const Seats<seating, A, T> z_seats(z_map, panel_);
+          products_.multiply_through(window, group_->rows, x1_, [&](const Tile& tile) {
             const A *bias = &workspace_.bias[tile.first], *scale = &group_->scale[tile.first];
             return [=, x2 = x2_seats.from(tile.first), z = z_seats.from(tile.first)](int64_t k, int v, Vec<A> y)
                 __attribute__((always_inline)) {
               z.store(k, v, (y * scale[k] + bias[k]) * activated<activation>(x2.load(k, v)));
             };
           });
-        }
+        };
+        if (through && with_seating<A>(panel_, pass)) return;
       }
       products_.multiply_panel(window, group_->rows, x1_, [&](const Piece& piece, int64_t from, int64_t to) {
         const auto x2 = x2_map.rows(piece, from);
@@ -175,9 +176,9 @@ class Gate {
     const auto add_rows = [&](const Tile& tile) { add_row_sums(tile, to_du + tile.first * kPanel); };
     with_constant(call_.activation, [&](auto activation) {
       if constexpr (Products<T>::template kMayPassThrough<activation>) {
-        if (through) {
-          const Seats<A, const T> x2_seats(x2_map, panel_), dz_seats(dz_map, panel_);
-          const Seats<A, T> dx2_seats(dx2_map, panel_);
+        const auto pass = [&](auto seating) {
+          const Seats<seating, A, const T> x2_seats(x2_map, panel_), dz_seats(dz_map, panel_);
+          const Seats<seating, A, T> dx2_seats(dx2_map, panel_);
           const auto way_out = [&](const Tile& tile) {
             const int64_t first = tile.first;
             const A *bias = &workspace_.bias[first], *scale = &group_->scale[first], *mean = mean_;
@@ -193,8 +194,9 @@ class Gate {
               store(to_y + at, y);
             };
           };
-          return products_.multiply_through(window, group_->rows, x1_, way_out, add_rows);
-        }
+          products_.multiply_through(window, group_->rows, x1_, way_out, add_rows);
+        };
+        if (through && with_seating<A>(panel_, pass)) return;
       }
       const auto finish = [&](const Piece& piece, int64_t from, int64_t to) {
         const auto x2 = x2_map.rows(piece, from);
@@ -228,8 +230,8 @@ class Gate {
     wanted_.then();
     if (through) want_x2_and_gradients(window, next_panel_);
     if constexpr (Products<T>::template kMayPassThrough<Activation::none>) {
-      const auto pass = [&](auto has_slopes) {
-        const Seats<A, U> dx1_seats(out, panel_);
+      const auto pass = [&](auto seating, auto has_slopes) {
+        const Seats<seating, A, U> dx1_seats(out, panel_);
         products_.multiply_through(window, group_->columns, du, [&](const Tile& tile) {
           return [=, first = slopes + tile.first * kPanel, dx1 = dx1_seats.from(tile.first)](
                      int64_t k, int v, Vec<A> y) __attribute__((always_inline)) {
@@ -237,7 +239,10 @@ class Gate {
           };
         });
       };
-      if (through) return slopes ? pass(std::true_type()) : pass(std::false_type());
+      const auto pass_seated = [&](auto seating) {
+        slopes ? pass(seating, std::true_type()) : pass(seating, std::false_type());
+      };
+      if (through && with_seating<A>(panel_, pass_seated)) return;
     }
     products_.multiply_panel(window, group_->columns, du, [&](const Piece& piece, int64_t from, int64_t to) {
       const auto dx1 = out.rows(piece, from);

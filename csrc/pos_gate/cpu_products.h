@@ -73,7 +73,7 @@ class Products {
   }
   // Whether to do so: where no sum is one of short sums, and no tile lower than the products'.
   bool passes_through(const Window& window, const Packed<E>& weights) const {
-    return panel_.seated && weights.most_steps <= kMostSteps && window.tiles.front().rows() >= kLeastRows;
+    return panel_.seating != Seating::none && weights.most_steps <= kMostSteps && window.tiles.front().rows() >= kLeastRows;
   }
 
  private:

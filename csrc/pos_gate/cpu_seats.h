@@ -1,13 +1,12 @@
-// A full panel's rows as whole vectors and halves, from map to registers and back.
+// A full panel's rows from map to registers and back: no access is wider than what lies side by side, so that none touches a
+// line of another group, and none crosses two vectors.
 // No include guard: every instruction set compiles this text anew, inside its own namespace and target options.
 
-// Where the rows of a full panel lie in a map: its first and its last vector side by side, the one between by halves that may
-// be in two windows. So do groups of 16, 24, 32 or 48 channels in vectors of 16, groups of 12 in vectors of 8.
-template <class A, class U>
+// Where the rows of a full panel lie in a map, if its columns are seated in this way.
+template <Seating kSeating, class A, class U>
 class Seats {
  public:
   Seats(const Map<U>& map, const Panel& panel) : offset_(map.offset.data()) {
-    constexpr int64_t kColumns[] = {0, kLanes, kLanes + kLanes / 2, 2 * kLanes};
     const Piece* piece = panel.pieces.data();
     for (int i = 0; i < 4; ++i) {
       while (piece->column + piece->count <= kColumns[i]) ++piece;
@@ -23,17 +22,50 @@ class Seats {
   }
 
   __attribute__((always_inline)) Vec<A> load(int64_t row, int vector) const {
-    if (vector == 1) return join<A>(load_as<A, kLanes / 2>(at(row, 1)), load_as<A, kLanes / 2>(at(row, 2)));
-    return load_as<A, kLanes>(at(row, vector == 0 ? 0 : 3));
+    const auto quarters = [=](int i, int j) __attribute__((always_inline)) {
+      return join<Half>(load_as<A, kQuarter>(at(row, i) + kHalf), load_as<A, kQuarter>(at(row, j)));
+    };
+    const auto half = [=](int i, int channel) __attribute__((always_inline)) {
+      return load_as<A, kHalf>(at(row, i) + channel);
+    };
+    if constexpr (kSeating == Seating::halves) {
+      if (vector == 1) return join<Vec<A>>(half(1, 0), half(2, 0));
+      return load_as<A, kLanes>(at(row, vector == 0 ? 0 : 3));
+    } else {
+      if (vector == 0) return join<Vec<A>>(half(0, 0), quarters(0, 1));
+      if (vector == 1) return join<Vec<A>>(half(1, kQuarter), half(2, 0));
+      return join<Vec<A>>(quarters(2, 3), half(3, kQuarter));
+    }
   }
   __attribute__((always_inline)) void store(int64_t row, int vector, Vec<A> values) const {
-    if (vector != 1) return store_as(at(row, vector == 0 ? 0 : 3), values);
-    store_as(at(row, 1), half_of<A, 0>(values));
-    store_as(at(row, 2), half_of<A, 1>(values));
+    const auto first = part_of<Half, 0>(values), second = part_of<Half, 1>(values);
+    const auto store_quarters = [=](int i, int j, Half quarters) __attribute__((always_inline)) {
+      store_as(at(row, i) + kHalf, part_of<Vec<A, kQuarter>, 0>(quarters));
+      store_as(at(row, j), part_of<Vec<A, kQuarter>, 1>(quarters));
+    };
+    if constexpr (kSeating == Seating::halves) {
+      if (vector != 1) return store_as(at(row, vector == 0 ? 0 : 3), values);
+      store_as(at(row, 1), first);
+      store_as(at(row, 2), second);
+    } else if (vector == 0) {
+      store_as(at(row, 0), first);
+      store_quarters(0, 1, second);
+    } else if (vector == 1) {
+      store_as(at(row, 1) + kQuarter, first);
+      store_as(at(row, 2), second);
+    } else {
+      store_quarters(2, 3, first);
+      store_as(at(row, 3) + kQuarter, second);
+    }
   }
 
  private:
-  static constexpr int kLanes = VectorOf<A>::kLanes;
+  static constexpr int kLanes = VectorOf<A>::kLanes, kHalf = kLanes / 2, kQuarter = std::max(1, kLanes / 4);
+  static constexpr bool kByHalves = kSeating == Seating::halves;
+  // Of what `at_` says: the first vector, the halves of the second and the third vector, or four windows.
+  static constexpr int64_t kColumns[] = {0, kByHalves ? kLanes : 3 * kQuarter, kByHalves ? kLanes + kHalf : 6 * kQuarter,
+                                         kByHalves ? 2 * kLanes : 9 * kQuarter};
+  using Half = Vec<A, kHalf>;
   using Byte = std::conditional_t<std::is_const_v<U>, const char, char>;
 
   __attribute__((always_inline)) U* at(int64_t row, int i) const { return reinterpret_cast<U*>(at_[i] + offset_[row]); }
@@ -41,3 +73,12 @@ class Seats {
   Byte* at_[4];
   const int64_t* offset_;
 };
+
+// Calls `work` with the way in which a panel is seated as a constant; returns whether it is in any.
+template <class A, class Work>
+inline bool with_seating(const Panel& panel, const Work& work) {
+  if (panel.seating == Seating::halves) work(std::integral_constant<Seating, Seating::halves>());
+  if constexpr (VectorOf<A>::kLanes == 16)
+    if (panel.seating == Seating::quarters) work(std::integral_constant<Seating, Seating::quarters>());
+  return panel.seating != Seating::none;
+}

@@ -37,7 +37,7 @@ inline void store(A* p, V v) {
   static_assert(std::is_same_v<A, ElementOf<V>>);
   __builtin_memcpy(p, &v, sizeof v);
 }
-// A vector of two halves, and the first (kHalf = 0) or the second half of a vector.
+// A vector of two halves, and the first (kPart = 0) or a later part of a vector.
 template <class V, class H, int... kIndex>
 inline V join(H first, H second, std::integer_sequence<int, kIndex...>) {
 #if defined(__clang__) || __GNUC__ >= 12
@@ -49,24 +49,23 @@ inline V join(H first, H second, std::integer_sequence<int, kIndex...>) {
   return v;
 #endif
 }
-template <class H, int kHalf, class V, int... kIndex>
-inline H half_of(V v, std::integer_sequence<int, kIndex...>) {
+template <class V, class H>
+inline V join(H first, H second) {
+  return join<V>(first, second, std::make_integer_sequence<int, kLanesOf<V>>());
+}
+template <class H, int kPart, class V, int... kIndex>
+inline H part_of(V v, std::integer_sequence<int, kIndex...>) {
 #if defined(__clang__) || __GNUC__ >= 12
-  return __builtin_shufflevector(v, v, (kHalf * int(sizeof...(kIndex)) + kIndex)...);
+  return __builtin_shufflevector(v, v, (kPart * kLanesOf<H> + kIndex)...);
 #else
-  H half;
-  __builtin_memcpy(&half, reinterpret_cast<const char*>(&v) + kHalf * sizeof half, sizeof half);
-  return half;
+  H part;
+  __builtin_memcpy(&part, reinterpret_cast<const char*>(&v) + kPart * sizeof part, sizeof part);
+  return part;
 #endif
 }
-template <class A>
-inline Vec<A> join(Vec<A, VectorOf<A>::kLanes / 2> first, Vec<A, VectorOf<A>::kLanes / 2> second) {
-  return join<Vec<A>>(first, second, std::make_integer_sequence<int, VectorOf<A>::kLanes>());
-}
-template <class A, int kHalf>
-inline Vec<A, VectorOf<A>::kLanes / 2> half_of(Vec<A> v) {
-  constexpr int kLanes = VectorOf<A>::kLanes / 2;
-  return half_of<Vec<A, kLanes>, kHalf>(v, std::make_integer_sequence<int, kLanes>());
+template <class H, int kPart, class V>
+inline H part_of(V v) {
+  return part_of<H, kPart>(v, std::make_integer_sequence<int, kLanesOf<H>>());
 }
 // A vector of doubles, rounded once.
 template <class A>

@@ -25,13 +25,13 @@ void load_panel(const Call& call, const Window& window, const Panel& panel, cons
     const auto put = [=](auto lanes, int64_t at, auto x) __attribute__((always_inline)) {
       store_activated<activation>(lanes, x, to + at, slopes ? slopes + at : nullptr);
     };
-    if (panel.seated) {
-      const Seats<A, const T> seats(map, panel);
+    const auto from_seats = [&](auto seating) {
+      const Seats<seating, A, const T> seats(map, panel);
       for (int64_t k = 0; k < window.tokens; ++k)
         POSMLP_UNROLL for (int v = 0; v < kTileVectors; ++v)
           put(std::integral_constant<int, kLanes>(), k * kPanel + v * kLanes, seats.load(k, v));
-      return;
-    }
+    };
+    if (with_seating<A>(panel, from_seats)) return;
     for (const Tile& tile : window.tiles)
       for (const Piece& piece : panel.pieces) {
         const auto x = map.rows(piece, tile.first);

@@ -12,8 +12,11 @@ from support import ROOT, available, instruction_sets
 
 FILES = [
     Path(__file__).with_name(f"test_{what}.py")
-    for what in ("pos_gate", "gradcheck", "shapes", "golden", "activation", "table_gradient", "split_tiles")
-]
+    for what in (
+        "pos_gate", "gradcheck", "shapes", "golden", "activation", "table_gradient", "split_tiles", "seats"
+    )
+]  # fmt: skip
+ON_THE_CPU = " and ".join(f"not {backend}" for backend in ("reference", "triton", "cuda"))
 
 
 @pytest.mark.skipif(not available("cpu"), reason="the cpu back end is not built")
@@ -29,7 +32,7 @@ def test_values_and_gradients(name):
     best, *others = instruction_sets()
     if name not in others:
         pytest.skip(f"the other tests run on {name}" if name == best else f"this processor has no {name}")
-    command = [sys.executable, "-m", "pytest", *map(str, FILES), "-k", "cpu"]
+    command = [sys.executable, "-m", "pytest", *map(str, FILES), "-k", ON_THE_CPU]
     environment = os.environ | {"POSMLP_CPU_KERNELS": name, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-5000:]

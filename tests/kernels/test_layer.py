@@ -10,6 +10,7 @@ import pickle
 import re
 import subprocess
 import sys
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -315,4 +316,28 @@ def test_run_compiled_is_forward(encoding, shift):
     gate = PosSGU(16, 4, groups=2, encoding=encoding, shift=shift, activation="gelu").eval()
     x = torch.randn(2, 5, 6, 16)
     with torch.no_grad():
-        assert torch.equal(gate.run_compiled(x, gate.relative_table()), gate(x))
+        by_the_front_door = pos_gate(x, **gate.gate_arguments())
+        assert torch.equal(gate.run_compiled(x, gate.relative_table()), by_the_front_door)
+        assert torch.equal(gate(x), by_the_front_door)
+
+
+@pytest.mark.skipif(not available("cpu"), reason="the cpu back end is not built")
+def test_inference_raises_what_training_does():
+    """Where a layer runs the compiled op at once, it is only because nothing can be wrong."""
+    gate, x = PosSGU(16, 4, groups=2).eval(), torch.randn(2, 5, 6, 16)
+    with torch.no_grad():
+        with pytest.raises(TypeError, match="table must be"):
+            PosSGU(16, 4, groups=2, dtype=torch.float64).eval()(x)
+        with pytest.raises(TypeError, match="x must be float64, float32"):
+            gate(x.int())
+        with pytest.raises(ValueError, match="window must be an int or 3 ints"):
+            gate(x[:, None])
+        with pytest.raises(NotImplementedError, match="cuda"):
+            PosSGU(16, 4, groups=2, backend="cuda").eval()(x)
+        gate.bias.data[3] = torch.nan
+        with torch.autograd.set_detect_anomaly(True), pytest.raises(ValueError, match="bias must be finite"):
+            gate(x)
+        space = PosSGU(16, (2, 2, 2, 2), groups=2).eval()  # more dimensions than the op takes
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert space(torch.randn(1, 3, 2, 2, 2, 16)).shape == (1, 3, 2, 2, 2, 8)
