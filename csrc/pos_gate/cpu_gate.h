@@ -233,7 +233,7 @@ class Gate {
       const auto pass = [&](auto seating, auto has_slopes) {
         const Seats<seating, A, U> dx1_seats(out, panel_);
         products_.multiply_through(window, group_->columns, du, [&](const Tile& tile) {
-          return [=, first = slopes + tile.first * kPanel, dx1 = dx1_seats.from(tile.first)](
+          return [=, first = has_slopes ? slopes + tile.first * kPanel : nullptr, dx1 = dx1_seats.from(tile.first)](
                      int64_t k, int v, Vec<A> y) __attribute__((always_inline)) {
             dx1.store(k, v, has_slopes ? y * load<A>(first + k * kPanel + v * kLanes) : y);
           };

@@ -1,7 +1,7 @@
 // Products of P or its transpose with a panel, tile by tile, while the cache lines that are wanted next are asked for.
 //
 // What becomes of a tile, the way out, is the gate's. It is best done with the sums still in registers, which takes a panel
-// that lies in the maps by whole vectors or halves of them. Others go piece by piece, out of a tile in memory.
+// that lies in the maps by whole vectors or simple parts of them (cpu_seats.h). Others go piece by piece, out of a tile in memory.
 // No include guard: every instruction set compiles this text anew, inside its own namespace and target options.
 
 template <class T>
