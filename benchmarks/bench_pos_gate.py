@@ -26,7 +26,7 @@ from .gate_cases import BOTH, DIRECTIONS, FORWARD, SUITES, SWEEPS, Gate
 from .gate_contenders import TOLERANCES, YARDSTICKS, Settings, Truth, contender, names, yardsticks
 from .gate_errors import LIMIT, errors
 from .targets import gate_targets, show
-from .timing import Burst, Ceilings, machine, peak_memory, race, summary, wall, write
+from .timing import Burst, Ceilings, keep_memory, machine, peak_memory, race, summary, wall, write
 
 _MEMORY = ("ours", "plain", "original")
 _SHARES = {"gemm": "flops", "onednn": "flops", "copy": "bytes"}
@@ -171,6 +171,7 @@ def main(arguments: list[str] | None = None) -> None:
     cases = [replace(case, batch=given.batch or case.batch) for case in cases]
     if given.dtype == "tf32":
         torch.set_float32_matmul_precision("high")
+    keep_memory()
     burst = DeviceClock(given.device).burst if given.device.type == "cuda" else wall
     deadline = time.monotonic() + given.limit
     effort = Effort(given.seconds, given.rounds, not given.no_compile, burst, deadline)

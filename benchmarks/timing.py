@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -19,6 +21,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _BURST = 0.02  # seconds that a contender keeps in a round, so that short ones get as warm as long ones
 
 
@@ -121,6 +124,17 @@ def summary(rates: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]
         }
         for name, column in columns.items()
     }
+
+
+def keep_memory() -> None:
+    """Have glibc serve all that this process asks for from a heap that it never gives back (mallopt(3)).
+
+    Otherwise blocks of more than 32 MB are mapped anew every time, and smaller ones when the heap happens to
+    have been trimmed: page faults that come and go with what ran before, and can take as long as a gate.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        for threshold in (_TRIM_THRESHOLD, _MMAP_THRESHOLD):
+            libc.mallopt(threshold, 2**30)
 
 
 def peak_memory(build: Callable[..., Callable[[], object]], *arguments: object) -> int | None:
