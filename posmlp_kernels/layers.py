@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .cache import ParameterCache
 from .dispatch import asked_for, find_backend
 from .encodings import gqpe_isotropic_table, gqpe_table
+from .gqpe_table import ops as table_ops
 from .operator import pos_gate
 from .pos_gate import ops
 from .pos_gate.compiled import cpu_unavailable
@@ -124,6 +125,8 @@ class PosSGU(nn.Module):
         table = gqpe_table if self.encoding == "gqpe" else gqpe_isotropic_table
 
         def build() -> Tensor:
+            if self.encoding == "gqpe" and "cpu" in table_ops.BACKENDS and self._chooses_cpu(*parameters):
+                return table_ops.run("cpu", *parameters, self.window)
             return table(*parameters, self.window, backend=self.backend)
 
         if self.training or (torch.is_grad_enabled() and any(p.requires_grad for p in parameters)):
@@ -139,7 +142,8 @@ class PosSGU(nn.Module):
                 f"x as tokens must be [B, {math.prod(self.window)}, {self.dim}], got {list(x.shape)}"
             )
         x = x.unflatten(1, self.window) if tokens_only else x
-        if self._infers_compiled(x):
+        fits = self.norm is None and x.dim() - 2 == len(self.window)
+        if fits and self._chooses_cpu(x, *self._parameters.values()):
             z = self.run_compiled(x, self.relative_table())
         else:
             z = pos_gate(x, **self.gate_arguments())
@@ -150,24 +154,26 @@ class PosSGU(nn.Module):
         return self.norm is None and not cpu_unavailable() and asked_for(self.backend) in (None, "cpu")
 
     def run_compiled(self, x: Tensor, table: Tensor | None) -> Tensor:
-        """`forward` of a map in inference, given the table, by the CPU's op at once: what keeps its memory
-        safe is checked."""
+        """`forward` of a map, given the table, by the CPU's op at once: what keeps its memory safe is
+        checked."""
         shift = tuple(s % w for s, w in zip(self.shift, self.window, strict=True))
         settings = (self.window, shift, self.softmax, ACTIVATIONS.index(self.activation), -1.0)
-        return ops.forward_op("cpu")(x, table, self.bias, self.matrix, None, None, *settings)
+        inputs = (x, table, self.bias, self.matrix, None, None)
+        if torch.is_grad_enabled():
+            return ops.run_with("cpu", inputs, settings)
+        return ops.forward_op("cpu")(*inputs, *settings)
 
-    def _infers_compiled(self, x: Tensor) -> bool:
-        """Whether `pos_gate` is sure to find nothing wrong and to choose the CPU's op. What it asks takes a
-        tenth of a small gate, and several times that when none of it is in a cache."""
+    def _chooses_cpu(self, *tensors: Tensor | None) -> bool:
+        """Whether the functions behind this layer are sure to find nothing wrong with these tensors, and to
+        choose the CPU's ops. What they ask takes a tenth of a small gate, and several times that when none
+        of it is in a cache."""
         return (
-            not torch.is_grad_enabled()
-            and x.is_cpu
-            and x.dtype is torch.float32
-            and x.dim() - 2 == len(self.window) <= 3
+            all(t is None or (t.is_cpu and t.dtype is torch.float32) for t in tensors)
+            and len(self.window) <= 3
             and not torch.compiler.is_compiling()
             and not torch.is_anomaly_enabled()
-            and self.runs_compiled()
-            and all(p is None or (p.is_cpu and p.dtype is x.dtype) for p in self._parameters.values())
+            and not cpu_unavailable()
+            and asked_for(self.backend) in (None, "cpu")
         )
 
     def gate_arguments(self) -> dict[str, Any]:

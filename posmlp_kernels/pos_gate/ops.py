@@ -48,7 +48,12 @@ def problem_of(x: Tensor, table: Tensor | None, matrix: Tensor | None, settings:
 
 def run(backend: str, inputs: tuple[Tensor | None, ...], problem: Problem) -> Tensor:
     """Run a registered back end on `(x, table, bias, matrix, norm_weight, norm_bias)`, differentiably."""
-    return _operator.run(backend, inputs, settings_of(problem))
+    return run_with(backend, inputs, settings_of(problem))
+
+
+def run_with(backend: str, inputs: tuple[Tensor | None, ...], settings: tuple) -> Tensor:
+    """The same with an op's own settings, as `settings_of` makes them."""
+    return _operator.run(backend, inputs, settings)
 
 
 def _reference(*args) -> Tensor:
