@@ -23,19 +23,19 @@ class Packing {
     packed.weights.clear();
     if (weights_.shared()) share_table<kRows>(packed);
     const size_t shared = packed.weights.size();
-    // Where all weights count, their runs in the table depend on the window alone: those that are there may do.
-    const bool all = weights_.shared() && weights_.all_count();
+    // Where all weights are taken, their runs in the table depend on the window alone: those that are there may do.
+    const bool all = weights_.shared() && weights_.takes_all();
     if (all && packed.complete == weights_.sizes_of_window()) return;
     packed.clear();
-    if (weights_.shared()) find_peaks();
-    if (!kRows) {
+    if (weights_.shared() && !all) find_peaks();
+    if (!kRows && !all) {
       const int64_t tokens = window().tokens;
       b_.mirrored_limit.resize(tokens + kLanes);
       std::reverse_copy(weights_.limit(), weights_.limit() + tokens, b_.mirrored_limit.begin());
     }
     for (const Tile& tile : window().tiles) {
       if (weights_.shared() && place[tile.last - 1] == place[tile.first] + tile.rows() - 1)
-        pack_shared<kRows>(packed, tile);
+        all ? pack_whole<kRows>(packed, tile) : pack_shared<kRows>(packed, tile);
       else
         pack_tile<kRows>(packed, tile);
       if (!packed.has_steps()) add_zeros(packed);
@@ -105,8 +105,24 @@ class Packing {
     }
   }
 
-  // A tile that finds its weights in the shared table. Of each row of the tokens that are summed over, or each 64 of them,
-  // it takes what lies between the first and the last that count.
+  // A tile that finds its weights in the shared table and takes all of them.
+  template <bool kRows>
+  void pack_whole(Packed<E>& packed, const Tile& tile) const {
+    const int64_t *place = window().place.data(), length = window().cls.box[2];
+    const int64_t origin = weights_.centre() + place[tile.first];
+    int64_t done = 0;  // steps
+    for (int64_t row = 0, end = length; row < window().tokens; row = end, end += length)
+      for (int64_t from = row, count; from < end; from += count) {
+        count = std::min<int64_t>(kMostSteps, end - from);
+        if constexpr (kDepth > 1)
+          add_pairs<kRows>(packed, tile, row, from, from + count, done);
+        else
+          packed.add(origin - place[from], from * kPanelOf<A>, count, -1);
+      }
+  }
+
+  // Another one that finds its weights there. Of each row of the tokens that are summed over, or each 64 of them, it takes
+  // what lies between the first and the last that count.
   template <bool kRows>
   void pack_shared(Packed<E>& packed, const Tile& tile) const {
     const int64_t *place = window().place.data(), length = window().cls.box[2], tokens = window().tokens;

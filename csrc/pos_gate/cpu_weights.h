@@ -85,8 +85,18 @@ class Weights {
   // Whether products may read the table as it is: their results, or what they are given, lack the rows' scales.
   bool shared() const { return shared_; }
   const A* limit() const { return b_.limit.data(); }  // of each query: what weight_of must exceed to be packed
-  // Whether each weight of a softmax is more than what any query's must exceed.
-  bool all_count() const { return A(least_) > largest_of(b_.limit.data(), int64_t(b_.limit.size())); }
+  // Whether all weights of a softmax are to be taken. They are where each is more than what any query's must exceed. In a
+  // small window they are too where that can be said of half of the table, which holds most of the pairs: to find the
+  // others costs more than they do, and so do runs of many lengths, whose ends no processor foresees.
+  bool takes_all() const {
+    if (A(least_) > largest_of(b_.limit.data(), int64_t(b_.limit.size()))) return true;
+    if (!call_.softmax || window_->tokens > kFewTokens) return false;
+    const A limit = smallest_of(b_.limit.data(), window_->tokens);
+    const int64_t size = shape_.table_size();
+    int count = 0;
+    for (int64_t e = 0; e < size; ++e) count += b_.rounded[e] > limit;
+    return 2 * count >= size;
+  }
   const double* weight() const { return b_.weight.data(); }  // of each entry of the table
   const double* scale() const { return b_.scale.data(); }    // of each query
   const A* dense(int64_t i) const { return &b_.dense[i * window_->tokens]; }
@@ -112,6 +122,7 @@ class Weights {
   }
 
  private:
+  static constexpr int64_t kFewTokens = 64;  // of windows in which hardly a weight is negligible
   // Of a scale: beyond it products of unscaled weights with small tokens would be flushed as subnormals.
   static constexpr double kMostShared = 1e12;
 
@@ -200,10 +211,9 @@ class Weights {
     const A each = A(call_.softmax ? epsilon_ / 8 / double(tokens) : 0);
     b_.limit.assign(round_up(tokens, kLanes), each);
     if (!shared_ || !call_.softmax) return;
-    constexpr int64_t kFew = 64;  // hardly a weight of theirs is negligible
     A candidates[kCandidates] = {}, scales[kCandidates] = {};
     const bool half = epsilon_ > double(std::numeric_limits<A>::epsilon());
-    const int count = tokens > kFew && !half ? kCandidates : 0;
+    const int count = tokens > kFewTokens && !half ? kCandidates : 0;
     if (count > 0) find_candidates(each, candidates, scales);
     for (int64_t i = 0; i < tokens; i += kLanes) {
       A rounded[kLanes];

@@ -1,4 +1,4 @@
-"""Windows with many columns, where the CPU back end splits what a tile of queries takes."""
+"""What the CPU back end takes of P: all of it, runs of what counts, and runs that are split."""
 
 from __future__ import annotations
 
@@ -58,3 +58,21 @@ def test_an_image_gives_the_same_bits_alone_and_in_a_batch(sides):
     z_alone = pos_gate(alone, table, **settings)
     assert torch.equal(z_alone, z[3:4])
     assert torch.equal(torch.autograd.grad(z_alone.square().sum(), alone)[0], dx[3:4])
+
+
+@pytest.mark.parametrize("window", [(7, 7), (8, 8), (4, 12), (3, 7), (9, 9)])
+def test_wide_and_sharp_groups_in_turn(window):
+    """Of a small window's wide Gaussian all is taken, as was the last one's; of a sharp one what counts."""
+    tokens, scales, channels = window[0] * window[1], torch.tensor([0.3, 1.6, 0.5, 0.4, 1.4, 0.3]), 72
+    factor = scales[:, None, None] * torch.eye(2)
+    table = gqpe_table(torch.full((6, 2), 0.3), factor, window, backend="reference")
+    truth, eager, actual = [], [], []
+    for seed in range(8):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(5, *window, 2 * channels, generator=generator)
+        dz = torch.randn(5, *window, channels, generator=generator)
+        tensors = (x, table, torch.randn(tokens, generator=generator))
+        truth.append(results(tensors, dz, window, "reference", torch.float64))
+        eager.append(results(tensors, dz, window, "reference", torch.float32))
+        actual.append(results(tensors, dz, window, "cpu", torch.float32))
+    assert_no_worse(actual, eager, truth)
