@@ -24,24 +24,24 @@ class Packing {
     if (weights_.shared()) share_table<kRows>(packed);
     const size_t shared = packed.weights.size();
     // Where all weights are taken, their runs in the table depend on the window alone: those that are there may do.
-    const bool all = weights_.shared() && weights_.takes_all();
-    if (all && packed.complete == weights_.sizes_of_window()) return;
+    all_ = weights_.shared() && weights_.takes_all();
+    if (all_ && packed.complete == weights_.sizes_of_window()) return;
     packed.clear();
-    if (weights_.shared() && !all) find_peaks();
-    if (!kRows && !all) {
+    if (weights_.shared() && !all_) find_peaks();
+    if (!kRows && !all_) {
       const int64_t tokens = window().tokens;
       b_.mirrored_limit.resize(tokens + kLanes);
       std::reverse_copy(weights_.limit(), weights_.limit() + tokens, b_.mirrored_limit.begin());
     }
     for (const Tile& tile : window().tiles) {
       if (weights_.shared() && place[tile.last - 1] == place[tile.first] + tile.rows() - 1)
-        all ? pack_whole<kRows>(packed, tile) : pack_shared<kRows>(packed, tile);
+        all_ ? pack_whole<kRows>(packed, tile) : pack_shared<kRows>(packed, tile);
       else
         pack_tile<kRows>(packed, tile);
       if (!packed.has_steps()) add_zeros(packed);
       packed.end_tile();
     }
-    if (all && packed.weights.size() == shared) packed.complete = weights_.sizes_of_window();
+    if (all_ && packed.weights.size() == shared) packed.complete = weights_.sizes_of_window();
   }
 
  private:
@@ -192,14 +192,14 @@ class Packing {
     packed.weights.insert(packed.weights.end(), kTileRows, E{});
   }
 
-  // Adds a step with weights of its own, unless none counts or the tile has it already.
+  // Adds a step with weights of its own, unless none is to be taken or the tile has it already.
   template <bool kRows>
   void add_step(Packed<E>& packed, const Tile& tile, int64_t step) const {
     const int32_t row = int32_t(step * kPanelOf<A>);
     Run* const run = packed.last_run();
     if (run && run->row + (run->count - 1) * kPanelOf<A> == row) return;
     E weights[kTileRows] = {};
-    bool counts = false;
+    bool counts = all_;
     for (int64_t r = 0; r < tile.rows(); ++r) {
       double pair[2] = {0, 0};
       for (int64_t d = 0; d < std::min(kDepth, window().tokens - step * kDepth); ++d) {
@@ -224,4 +224,5 @@ class Packing {
   const int64_t table_size_;
   const Weights<A>& weights_;
   PackingBuffers<A>& b_;
+  bool all_ = false;  // whether to take all weights of the group at hand
 };
