@@ -165,8 +165,8 @@ class PosSGU(nn.Module):
 
     def _chooses_cpu(self, *tensors: Tensor | None) -> bool:
         """Whether the functions behind this layer are sure to find nothing wrong with these tensors, and to
-        choose the CPU's ops. What they ask takes a tenth of a small gate, and several times that when none
-        of it is in a cache."""
+        choose the CPU's ops. What they ask shows beside a small gate, most of all when none of it is in a
+        cache."""
         return (
             all(t is None or (t.is_cpu and t.dtype is torch.float32) for t in tensors)
             and len(self.window) <= 3

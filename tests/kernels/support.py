@@ -15,8 +15,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from posmlp_kernels import pos_gate
 from posmlp_kernels.dispatch import BACKENDS, find_backend
-from posmlp_kernels.testing import CASES, Case, find_case
+from posmlp_kernels.testing import CASES, Case, assert_no_worse, find_case
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -186,3 +187,24 @@ def by_pairs(
     if bias is not None:
         mixed = mixed + bias[token][:, None]
     return mixed.view(x1.shape) * x2
+
+
+def results_of(tensors, dz, window, backend: str, dtype: torch.dtype, **settings) -> dict[str, torch.Tensor]:
+    """z of a gate with a softmax, of x, a table and a bias, and their gradients."""
+    leaves = [t.detach().to(dtype).requires_grad_() for t in tensors]
+    z = pos_gate(*leaves, window=window, softmax=True, backend=backend, **settings)
+    names = ("z", "dx", "dtable", "dbias")
+    return dict(zip(names, (z.detach(), *torch.autograd.grad(z, leaves, dz.to(dtype))), strict=True))
+
+
+def assert_cpu_no_worse(draws, window, **settings) -> None:
+    """Hold the CPU back end to eager's error over draws of `(tensors, dz)`, and to rounding in float64."""
+
+    def results(backend: str, dtype: torch.dtype) -> list[dict[str, torch.Tensor]]:
+        return [results_of(*each, window, backend, dtype, **settings) for each in draws]
+
+    truth = results("reference", torch.float64)
+    assert_no_worse(results("cpu", torch.float32), results("reference", torch.float32), truth)
+    for name, got in results_of(*draws[-1], window, "cpu", torch.float64, **settings).items():
+        expected = truth[-1][name]
+        assert torch.allclose(got, expected, rtol=0, atol=1e-13 * max(1, expected.abs().max().item())), name

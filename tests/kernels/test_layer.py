@@ -322,6 +322,22 @@ def test_run_compiled_is_forward(encoding, shift):
 
 
 @pytest.mark.skipif(not available("cpu"), reason="the cpu back end is not built")
+def test_training_by_the_ops_is_training_by_the_functions():
+    gate, x = PosSGU(16, 4, groups=2, shift=1).train(), torch.randn(2, 5, 6, 16, requires_grad=True)
+    leaves = (x, gate.center, gate.factor, gate.bias)
+    table = gqpe_table(gate.center, gate.factor, gate.window)
+    by_functions = pos_gate(x, table, gate.bias, window=4, softmax=True, shift=1)
+    z = gate(x)
+    assert torch.equal(z, by_functions)
+    for got, expected in zip(
+        torch.autograd.grad(z.square().sum(), leaves),
+        torch.autograd.grad(by_functions.square().sum(), leaves),
+        strict=True,
+    ):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.skipif(not available("cpu"), reason="the cpu back end is not built")
 def test_inference_raises_what_training_does():
     """Where a layer runs the compiled op at once, it is only because nothing can be wrong."""
     gate, x = PosSGU(16, 4, groups=2).eval(), torch.randn(2, 5, 6, 16)

@@ -4,21 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import available
+from support import assert_cpu_no_worse, available, results_of
 
 from posmlp_kernels import pos_gate
-from posmlp_kernels.testing import assert_no_worse
 
 pytestmark = pytest.mark.skipif(not available("cpu"), reason="the cpu back end is not built")
-NAMES = ("z", "dx", "dtable", "dbias")
 # Whole vectors, halves and quarters of them, and widths that fit none, on vectors of 4, 8 and 16 numbers.
 WIDTHS = (3, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48)
-
-
-def results(tensors, dz, window, backend, dtype, **settings):
-    leaves = [t.detach().to(dtype).requires_grad_() for t in tensors]
-    z = pos_gate(*leaves, window=window, softmax=True, backend=backend, **settings)
-    return dict(zip(NAMES, (z.detach(), *torch.autograd.grad(z, leaves, dz.to(dtype))), strict=True))
 
 
 def draw(width, window, windows=(2, 3), batch=2, seed=0, groups=2):
@@ -38,16 +30,8 @@ def draw(width, window, windows=(2, 3), batch=2, seed=0, groups=2):
 @pytest.mark.parametrize("width", WIDTHS)
 def test_widths(width, window, activation):
     """Twelve windows: full panels, and one that is not."""
-    truth, eager, actual = [], [], []
-    for seed in range(4):
-        tensors, dz = draw(width, window, seed=seed)
-        truth.append(results(tensors, dz, window, "reference", torch.float64, activation=activation))
-        eager.append(results(tensors, dz, window, "reference", torch.float32, activation=activation))
-        actual.append(results(tensors, dz, window, "cpu", torch.float32, activation=activation))
-    assert_no_worse(actual, eager, truth)
-    for name, got in results(tensors, dz, window, "cpu", torch.float64, activation=activation).items():
-        expected = truth[-1][name]
-        assert torch.allclose(got, expected, rtol=0, atol=1e-13 * max(1, expected.abs().max().item())), name
+    draws = [draw(width, window, seed=seed) for seed in range(4)]
+    assert_cpu_no_worse(draws, window, activation=activation)
 
 
 @pytest.mark.parametrize("activation", ["none", "gelu"])
@@ -81,8 +65,8 @@ def test_nothing_beside_a_map_is_read_or_written(width):
     inside = around[1:-1, 1:-1, 1:-1, 1:-1]
     assert not inside.is_contiguous()
     for got, expected in zip(
-        results((inside, table, bias), dz, window, "cpu", torch.float32, shift=shift).values(),
-        results((x, table, bias), dz, window, "cpu", torch.float32, shift=shift).values(),
+        results_of((inside, table, bias), dz, window, "cpu", torch.float32, shift=shift).values(),
+        results_of((x, table, bias), dz, window, "cpu", torch.float32, shift=shift).values(),
         strict=True,
     ):
         assert torch.equal(got, expected)
