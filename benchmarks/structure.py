@@ -22,7 +22,7 @@ from posmlp_kernels import PosSGU, mixing_matrix
 WINDOWS = (7, 12, 14, 24, 32)
 SCALES = (1.0, 0.7, 0.4)  # of the initial factors: the smaller, the wider the Gaussians
 GROUPS, TILE, FEW = 8, 7, 3
-NEGLIGIBLE = torch.finfo(torch.float32).eps / 8  # of a row's sum, all that is left out together
+NEGLIGIBLE = torch.finfo(torch.float32).eps / 2  # of a row's sum, all that is left out together
 
 
 def kept(weights: Tensor) -> float:

@@ -8,10 +8,11 @@
 // With a free matrix, or where a row's keys all lie so far from the table's maximum that nothing is left of them, P is
 // `dense`, each row about its own maximum.
 //
-// Under softmax the weights of a row that are packed sum to 1 but for eps / 8 at most: the others cannot show in a
-// rounded result, and for a Gaussian half of a window of 14 and three quarters of one of 24 are such. What may be left
-// out of a row is what does not exceed its limit, and all of the table up to there, far more than the row has, sums to no
-// more than that.
+// Under softmax the weights of a row that are packed sum to 1 but for eps / 2 at most, as much as rounding a result once
+// may take: for a Gaussian half of a window of 14 and three quarters of one of 24 are the others. What may be left out of
+// a row is what does not exceed its limit, and all of the table up to there, far more than the row has, sums to no more
+// than that. Of maps in half precision, whose eps is large, it is eps / 8, and no more than if all of the row were as large:
+// what is left out, always far weights, is seen in the table's gradients, which are in single.
 // No include guard: every instruction set compiles this text anew, inside its own namespace and target options.
 
 constexpr int kDoubles = VectorOf<double>::kLanes;
@@ -60,7 +61,8 @@ class Weights {
  public:
   // epsilon: of the results' type.
   Weights(const Call& call, double epsilon, WeightBuffers<A>& buffers)
-      : call_(call), shape_(call.shape), epsilon_(epsilon), b_(buffers) {}
+      : call_(call), shape_(call.shape), half_(epsilon > double(std::numeric_limits<A>::epsilon())),
+        negligible_(epsilon / (half_ ? 8 : 2)), b_(buffers) {}
 
   void prepare(const Window& window, int64_t group) {
     window_ = &window;
@@ -202,18 +204,16 @@ class Weights {
 
   // ---- what may be left out ----
 
-  // The largest of some candidates up to which the table's weights, times the row's scale, sum to eps / 8 or less; at
-  // least what keeps to that if all of the row were as large. No more than that where maps are in half precision: its eps
-  // is large, and what is left out, always far weights, would be seen in the table's gradients, which are in single.
+  // The largest of some candidates up to which the table's weights, times the row's scale, are negligible together; at
+  // least what is so if all of the row were as large.
   void find_limits() {
     constexpr int kLanes = VectorOf<A>::kLanes;
     const int64_t tokens = window_->tokens;
-    const A each = A(call_.softmax ? epsilon_ / 8 / double(tokens) : 0);
+    const A each = A(call_.softmax ? negligible_ / double(tokens) : 0);
     b_.limit.assign(round_up(tokens, kLanes), each);
     if (!shared_ || !call_.softmax) return;
     A candidates[kCandidates] = {}, scales[kCandidates] = {};
-    const bool half = epsilon_ > double(std::numeric_limits<A>::epsilon());
-    const int count = tokens > kFewTokens && !half ? kCandidates : 0;
+    const int count = tokens > kFewTokens && !half_ ? kCandidates : 0;
     if (count > 0) find_candidates(each, candidates, scales);
     for (int64_t i = 0; i < tokens; i += kLanes) {
       A rounded[kLanes];
@@ -243,7 +243,7 @@ class Weights {
       for (; e + 4 <= size; e += 4)
         for (int i = 0; i < 4; ++i) add(sums[i], b_.rounded[e + i]);
       for (; e < size; ++e) add(sums[0], b_.rounded[e]);
-      store(scales + k, A(epsilon_ / 8) / ((sums[0] + sums[1]) + (sums[2] + sums[3])));
+      store(scales + k, A(negligible_) / ((sums[0] + sums[1]) + (sums[2] + sums[3])));
     }
   }
 
@@ -283,7 +283,8 @@ class Weights {
 
   const Call& call_;
   const Shape& shape_;
-  const double epsilon_;
+  const bool half_;          // whether maps are in half precision
+  const double negligible_;  // of a row's sum, all that is left out together
   WeightBuffers<A>& b_;
   const Window* window_ = nullptr;
   const A* table_ = nullptr;  // of the group at hand

@@ -164,7 +164,7 @@ def test_sizes_around_tile_edges(backend, tokens, dtype):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("sharpness", [1.0, 0.5])
 def test_what_the_cpu_leaves_out_of_a_row(dtype, sharpness):
-    """In P and in its transpose: far weights, that sum to eps / 8 of their row at most, and only those."""
+    """In P and in its transpose: far weights, that sum to no more of their row than rounding takes, and only those."""
     center = torch.tensor([[0.0, 0.0], [2.3, -1.4]], dtype=torch.float64)
     factor = sharpness * torch.tensor(
         [[[1.0, 0.0], [0.0, 1.0]], [[1.2, 0.4], [0.0, 0.7]]], dtype=torch.float64
@@ -182,10 +182,11 @@ def test_what_the_cpu_leaves_out_of_a_row(dtype, sharpness):
         maps.detach().double().view(tokens, 2, tokens).transpose(0, 1)
         for maps in (z, dx[..., : 2 * tokens], truth)
     )
+    negligible = torch.finfo(dtype).eps / (8 if dtype == torch.bfloat16 else 2)
     for packed in (by_rows, by_columns.transpose(1, 2)):
         left_out = (packed == 0) & (truth > 0)
         assert left_out.sum() > 0.2 * (truth > 0).sum() or sharpness < 1 or dtype == torch.float64
-        assert (truth * left_out).sum(-1).max() <= torch.finfo(dtype).eps / 8 * (1 + 1e-5)
+        assert (truth * left_out).sum(-1).max() <= negligible * (1 + 1e-5)
         assert torch.allclose(packed[~left_out], truth[~left_out], rtol=16 * torch.finfo(dtype).eps, atol=0)
 
 
