@@ -23,7 +23,16 @@ import torch
 from .attempts import Attempts
 from .device import DeviceClock
 from .gate_cases import BOTH, DIRECTIONS, FORWARD, SUITES, SWEEPS, Gate
-from .gate_contenders import TOLERANCES, YARDSTICKS, Settings, Truth, contender, names, yardsticks
+from .gate_contenders import (
+    TOLERANCES,
+    YARDSTICKS,
+    Settings,
+    Truth,
+    contender,
+    grad_mode,
+    names,
+    yardsticks,
+)
 from .gate_errors import LIMIT, errors
 from .targets import gate_targets, show
 from .timing import Burst, Ceilings, keep_memory, machine, peak_memory, race, summary, wall, write
@@ -59,7 +68,9 @@ def measure(case: Gate, direction: str, settings: Settings, effort: Effort, ceil
     works = {name: work for name, work in works.items() if work is not None}
     if any(name.endswith(", gelu") for name in works):
         works |= yardsticks(case, direction, settings)
-    times = attempts("race", race, works | ceilings.works, effort.seconds, effort.rounds, effort.burst) or {}
+    with grad_mode(direction):
+        times = attempts("race", race, works | ceilings.works, effort.seconds, effort.rounds, effort.burst)
+    times = times or {}
     least = {
         "kept_flops": case.flops(direction) * case.kept(),
         "flops_around": case.flops_around(direction),

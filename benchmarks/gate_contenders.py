@@ -52,8 +52,7 @@ class Contender:
     parameters: tuple[Tensor, ...] = ()
 
     def forward(self) -> Tensor:
-        with torch.no_grad():
-            return self.function(self.x)
+        return self.function(self.x)
 
     def step(self) -> Tensor:
         """Forward and backward, for x and all parameters; dx."""
@@ -64,9 +63,15 @@ class Contender:
         return torch.autograd.grad(z, (self.x, *self.parameters), self.dz, retain_graph=keep)[0]
 
     def work(self, direction: str) -> Callable[[], Tensor]:
+        """What is timed, and called, in `grad_mode(direction)`."""
         if direction == FORWARD:
             return self.forward
         return self.step if direction == BOTH else partial(self.gradients, self.function(self.x), True)
+
+
+def grad_mode(direction: str) -> torch.set_grad_enabled:
+    """Gradients off where only the forward is timed: once for all calls, as in inference."""
+    return torch.set_grad_enabled(direction != FORWARD)
 
 
 def names(case: Gate, direction: str, settings: Settings, compiled: bool) -> list[str]:
@@ -142,7 +147,9 @@ class Truth:
 
     def check(self, name: str, given: Contender) -> None:
         """Raises: `RuntimeError` for a contender that computes something else."""
-        truth, got = self._of(_activation(name)), given.work(self.direction)()[-_IMAGES:].double()
+        truth = self._of(_activation(name))
+        with grad_mode(self.direction):
+            got = given.work(self.direction)()[-_IMAGES:].double()
         wanted = _interleave(truth, self.case) if name.startswith("original") else truth
         error = ((got - wanted).abs().max() / wanted.abs().max()).item()
         if not error <= TOLERANCES[self.settings.precision]:
@@ -153,7 +160,8 @@ class Truth:
             layer = self.case.layer(activation, "reference").to(self.settings.device).double()
             inputs = contender(self.case, "reference", self.settings)
             x, dz = (t.detach()[-_IMAGES:].double() for t in (inputs.x, inputs.dz))
-            self._known[activation] = Contender(layer, x.requires_grad_(), dz).work(self.direction)()
+            with grad_mode(self.direction):
+                self._known[activation] = Contender(layer, x.requires_grad_(), dz).work(self.direction)()
         return self._known[activation]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._utils import _flatten_dense_tensors
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
@@ -162,8 +163,9 @@ class Level(nn.Module):
             return [gate.relative_table() for gate in gates]
 
         if all(parameters):
-            settings = [(gate.encoding, gate.window) for gate in gates]
-            tables = self._tables.get(sum(parameters, ()), settings, build)
+            flat = sum(parameters, ())
+            settings = [(gate.encoding, gate.window) for gate in gates], [p.shape for p in flat]
+            tables = self._tables.get([_flatten_dense_tensors(flat)], settings, build)
         else:
             tables = build()
         return [partial(block.infer, table=table) for block, table in zip(self.blocks, tables, strict=True)]

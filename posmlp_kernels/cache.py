@@ -7,7 +7,6 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch._utils import _flatten_dense_tensors
 
 T = TypeVar("T")
 
@@ -26,13 +25,16 @@ class ParameterCache:
 
     def get(self, parameters: Sequence[Tensor], settings: object, build: Callable[[], T]) -> T:
         """The kept value if nothing has changed since it was built, else `build()`."""
-        if torch.compiler.is_compiling() or not all(map(_has_own_values, parameters)):
+        if torch.compiler.is_compiling():
             return build()
+        for parameter in parameters:
+            if not _has_own_values(parameter):
+                return build()
         entry = self._entry
-        if entry is None or entry[0] != settings or not _same(entry[1], _stamp(parameters)):
+        if entry is None or entry[0] != settings or not _hold(entry[1], parameters):
             # Built with inference mode off: a tensor made inside it could not be used outside it later.
             with torch.inference_mode(False), torch.no_grad():
-                entry = (settings, _stamp(parameters), build())
+                entry = (settings, [_stamp(p) for p in parameters], build())
             self._entry = entry
         return entry[2]
 
@@ -53,17 +55,20 @@ def _has_own_values(tensor: Tensor) -> bool:
     return tensor.is_cpu or not tensor.is_inference()  # inference tensors count no versions
 
 
-def _stamp(parameters: Sequence[Tensor]) -> tuple:
-    """What differs if a parameter does: its kind, and its values, all in one tensor so that one comparison
-    serves, or where these are and how often they were written."""
-    if all(p.is_cpu for p in parameters):
-        return [(p.dtype, p.shape) for p in parameters], _flatten_dense_tensors(parameters)
-    return [(p.device, p.dtype, p.shape) for p in parameters], [
-        (p.data_ptr(), p._version) for p in parameters
-    ]
+def _stamp(parameter: Tensor) -> Tensor | tuple:
+    """What differs if a parameter does: its values, or where these are and how often they were written."""
+    if parameter.is_cpu:
+        return parameter.detach().clone()
+    return parameter.device, parameter.dtype, parameter.shape, parameter.data_ptr(), parameter._version
 
 
-def _same(kept: tuple, now: tuple) -> bool:
-    if kept[0] != now[0]:
-        return False
-    return torch.equal(kept[1], now[1]) if isinstance(now[1], Tensor) else kept[1] == now[1]
+def _hold(stamps: Sequence[Tensor | tuple], parameters: Sequence[Tensor]) -> bool:
+    """Whether parameters are as they were. On the CPU that is one comparison for each and little else: beside
+    a small gate, when none of this is in a cache, every question shows."""
+    for stamp, parameter in zip(stamps, parameters, strict=True):
+        if type(stamp) is tuple:
+            if parameter.is_cpu or _stamp(parameter) != stamp:
+                return False
+        elif not (parameter.is_cpu and parameter.dtype is stamp.dtype and torch.equal(parameter, stamp)):
+            return False
+    return True

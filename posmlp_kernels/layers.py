@@ -122,16 +122,16 @@ class PosSGU(nn.Module):
         parameters = self.table_parameters()
         if not parameters:
             return None if self.encoding == "sgu" else self.table
-        table = gqpe_table if self.encoding == "gqpe" else gqpe_isotropic_table
-
-        def build() -> Tensor:
-            if self.encoding == "gqpe" and "cpu" in table_ops.BACKENDS and self._chooses_cpu(*parameters):
-                return table_ops.run("cpu", *parameters, self.window)
-            return table(*parameters, self.window, backend=self.backend)
-
         if self.training or (torch.is_grad_enabled() and any(p.requires_grad for p in parameters)):
-            return build()
-        return self._cache.get(parameters, self.window, build)
+            return self._build_table()
+        return self._cache.get(parameters, self.window, self._build_table)
+
+    def _build_table(self) -> Tensor:
+        parameters = self.table_parameters()
+        if self.encoding == "gqpe" and "cpu" in table_ops.BACKENDS and self._chooses_cpu(*parameters):
+            return table_ops.run("cpu", *parameters, self.window)
+        table = gqpe_table if self.encoding == "gqpe" else gqpe_isotropic_table
+        return table(*parameters, self.window, backend=self.backend)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() < 2 or x.shape[-1] != self.dim:
@@ -156,8 +156,7 @@ class PosSGU(nn.Module):
     def run_compiled(self, x: Tensor, table: Tensor | None) -> Tensor:
         """`forward` of a map, given the table, by the CPU's op at once: what keeps its memory safe is
         checked."""
-        shift = tuple(s % w for s, w in zip(self.shift, self.window, strict=True))
-        settings = (self.window, shift, self.softmax, ACTIVATIONS.index(self.activation), -1.0)
+        settings = ops.settings_without_norm(self.window, self.shift, self.softmax, self.activation)
         inputs = (x, table, self.bias, self.matrix, None, None)
         if torch.is_grad_enabled():
             return ops.run_with("cpu", inputs, settings)
@@ -167,9 +166,11 @@ class PosSGU(nn.Module):
         """Whether the functions behind this layer are sure to find nothing wrong with these tensors, and to
         choose the CPU's ops. What they ask shows beside a small gate, most of all when none of it is in a
         cache."""
+        for tensor in tensors:
+            if tensor is not None and not (tensor.is_cpu and tensor.dtype is torch.float32):
+                return False
         return (
-            all(t is None or (t.is_cpu and t.dtype is torch.float32) for t in tensors)
-            and len(self.window) <= 3
+            len(self.window) <= 3
             and not torch.compiler.is_compiling()
             and not torch.is_anomaly_enabled()
             and not cpu_unavailable()

@@ -28,6 +28,15 @@ def settings_of(problem: Problem) -> tuple:
     return problem.window, problem.shift, problem.softmax, ACTIVATIONS.index(problem.activation), eps
 
 
+@cache
+def settings_without_norm(
+    window: tuple[int, ...], shift: tuple[int, ...], softmax: bool, activation: str
+) -> tuple:
+    """The same for a layer without a norm, looked up once; any shift."""
+    shift = tuple(s % w for s, w in zip(shift, window, strict=True))
+    return window, shift, softmax, ACTIVATIONS.index(activation), -1.0
+
+
 def problem_of(x: Tensor, table: Tensor | None, matrix: Tensor | None, settings: tuple) -> Problem:
     """The problem that an op's arguments describe: the inverse of `settings_of`."""
     window, shift, softmax, activation, eps = settings

@@ -164,7 +164,7 @@ def test_sizes_around_tile_edges(backend, tokens, dtype):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("sharpness", [1.0, 0.5])
 def test_what_the_cpu_leaves_out_of_a_row(dtype, sharpness):
-    """In P and in its transpose: far weights, that sum to no more of their row than rounding takes, and only those."""
+    """In P and in its transpose: far weights, which sum to no more of their row than rounding takes."""
     center = torch.tensor([[0.0, 0.0], [2.3, -1.4]], dtype=torch.float64)
     factor = sharpness * torch.tensor(
         [[[1.0, 0.0], [0.0, 1.0]], [[1.2, 0.4], [0.0, 0.7]]], dtype=torch.float64
