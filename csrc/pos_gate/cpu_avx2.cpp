@@ -6,9 +6,10 @@
 #include "cpu_includes.h"
 
 #define POSMLP_F16C  // conversions of float16
-// The lanes' signs as bits of an integer, of lanes of 4 or 8 bytes.
-#define POSMLP_MASK_OF(v, bytes) \
-  uint64_t((bytes) == 4 ? _mm256_movemask_ps((__m256)(v)) : _mm256_movemask_pd((__m256d)(v)))
+// Where one vector is not within another as bits of an integer, of lanes of 4 or 8 bytes.
+#define POSMLP_MASK_NOT_WITHIN(a, b, bytes)                                                          \
+  uint64_t((bytes) == 4 ? _mm256_movemask_ps(_mm256_cmp_ps((__m256)(a), (__m256)(b), _CMP_NLE_UQ)) \
+                        : _mm256_movemask_pd(_mm256_cmp_pd((__m256d)(a), (__m256d)(b), _CMP_NLE_UQ)))
 
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)

@@ -5,9 +5,10 @@
 
 #include "cpu_includes.h"
 
-// The lanes' signs as bits of an integer, of lanes of 4 or 8 bytes.
-#define POSMLP_MASK_OF(v, bytes) \
-  uint64_t((bytes) == 4 ? _mm512_movepi32_mask((__m512i)(v)) : _mm512_movepi64_mask((__m512i)(v)))
+// Where one vector is not within another as bits of an integer, of lanes of 4 or 8 bytes.
+#define POSMLP_MASK_NOT_WITHIN(a, b, bytes)                                           \
+  uint64_t((bytes) == 4 ? _mm512_cmp_ps_mask((__m512)(a), (__m512)(b), _CMP_NLE_UQ) \
+                        : _mm512_cmp_pd_mask((__m512d)(a), (__m512d)(b), _CMP_NLE_UQ))
 #define POSMLP_F16C        // conversions of float16
 #define POSMLP_LANE_MASKS  // loads and stores of a vector's first lanes
 #define POSMLP_KEEP(v) __asm__("" : "+v"(v))

@@ -196,12 +196,14 @@ inline void multiply(Multiply<E, A*> multiply_runs, const Packed<E>& packed, int
                      Wanted& wanted) {
   const TileRuns runs = packed.runs_of(tile);
   const E* const weights = packed.weights.data();
+  from += packed.row_of(tile);
   if (packed.most_steps <= kMostSteps) return multiply_runs(runs, weights, from, to, wanted);
   constexpr int64_t kTile = kTileRows * kPanelOf<A>;
   A sums[kTile] = {};
   const auto& all = runs.of[kAllRows];  // the only ones where windows are so large
   for (const Run* run = all.begin; run < all.end;) {
-    TileRuns part{};
+    TileRuns part = runs;
+    part.of[kFirstRows] = part.of[kLastRows] = {};
     part.of[kAllRows].begin = run;
     const bool first = run == all.begin;
     int64_t steps = run++->count;

@@ -2,10 +2,10 @@
 // No include guard: every instruction set compiles this text anew, inside its own namespace and target options.
 
 // Kept from call to call by each thread, so that no pages are faulted in again.
-template <class A>
+template <class A, class E>
 struct MixingBuffers {
   WeightBuffers<A> weights;
-  PackingBuffers<A> packing;
+  PackingBuffers<A, E> packing;
   GradientBuffers gradient;
   TableGradientBuffers table_gradient;
 };
@@ -14,7 +14,7 @@ struct MixingBuffers {
 template <class A, class E>
 class Mixing {
  public:
-  Mixing(const Call& call, double epsilon, MixingBuffers<A>& buffers)
+  Mixing(const Call& call, double epsilon, MixingBuffers<A, E>& buffers)
       : weights_(call, epsilon, buffers.weights), packing_(call, weights_, buffers.packing),
         gradient_(call, weights_, buffers.gradient), table_gradient_(call, weights_, buffers.table_gradient) {}
 

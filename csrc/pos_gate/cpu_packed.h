@@ -25,100 +25,100 @@ struct TileRuns {
 };
 
 // P or its transpose, cut into tiles. Only what matters is there: for each tile the steps in which any of its rows has a
-// weight worth adding.
+// weight worth adding. Tiles may have runs in common.
 template <class E>
 class Packed {
  public:
-  std::vector<E> weights;      // where the runs have theirs
-  std::vector<int32_t> steps;  // of each tile
-  int32_t most_steps = 0;
-  WindowSizes complete{};  // of a window all of whose weights are there, in the table; otherwise zeros
+  // So many runs and steps are there.
+  struct Mark {
+    int32_t runs[kRowKinds] = {}, steps = 0;
+  };
 
-  int64_t tiles() const { return int64_t(steps.size()); }
-  bool is_split() const { return kinds_[kFirstRows].count + kinds_[kLastRows].count > 0; }  // not all are of all rows
+  std::vector<E> weights;   // where the runs have theirs
+  int32_t most_steps = 0;   // of a tile
+  WindowSizes complete{};   // of a window all of whose weights are there, in the table; otherwise zeros
+
+  int64_t tiles() const { return int64_t(tiles_.size()); }
+  int64_t steps_of(int64_t tile) const { return tiles_[tile].end.steps - tiles_[tile].begin.steps; }
+  bool is_split() const { return now_.runs[kFirstRows] + now_.runs[kLastRows] > 0; }  // not all are of all rows
   TileRuns runs_of(int64_t tile) const {
+    const Mark &begin = tiles_[tile].begin, &end = tiles_[tile].end;
     TileRuns runs;
-    for (int kind = 0; kind < kRowKinds; ++kind) {
-      const Kind& k = kinds_[kind];
-      runs.of[kind] = {k.runs.data() + k.begin[tile], k.runs.data() + k.begin[tile + 1]};
-    }
+    for (int kind = 0; kind < kRowKinds; ++kind)
+      runs.of[kind] = {runs_[kind].data() + begin.runs[kind], runs_[kind].data() + end.runs[kind]};
     return runs;
   }
+  int64_t row_of(int64_t tile) const { return tiles_[tile].row; }  // where the panel has what they are multiplied with
   size_t bytes() const {
     size_t runs = 0;
-    for (const Kind& kind : kinds_) runs += kind.runs.size();
+    for (const auto& kind : runs_) runs += kind.size();
     return weights.size() * sizeof(E) + runs * sizeof(Run);
   }
 
   void clear() {  // but for the weights, which their packing writes anew
-    for (Kind& kind : kinds_) {
-      kind.begin.assign(1, 0);
-      kind.count = 0;
-    }
-    steps.clear();
-    tile_steps_ = most_steps = 0;
+    tiles_.clear();
+    now_ = begin_ = {};
+    most_steps = 0;
     complete = {};
   }
-  // A run of all rows of the tile at hand.
-  void add(int64_t at, int64_t row, int64_t steps, int64_t stride) {
-    Adder adder = make_room(1);
-    adder.add(kAllRows, at, row, steps, stride);
-    take(adder);
-  }
-  // Runs of the tile at hand, one by one. Those without steps are written too, but not kept: a branch would often be
-  // foreseen wrongly.
-  class Adder {
-   public:
-    void add(Rows rows, int64_t at, int64_t row, int64_t steps, int64_t stride = -1) {
-      Run& run = *end_[rows];  // filled in place: a copy would wait for the single stores
-      run.at = at;
-      run.row = int32_t(row);
-      run.count = int32_t(steps);
-      run.stride = int32_t(stride);
-      end_[rows] += steps > 0;
-      steps_ += int32_t(steps);
-    }
-
-   private:
-    friend class Packed;
-    Run* end_[kRowKinds];
-    int32_t steps_ = 0;
-  };
-  Adder make_room(int64_t runs) {  // for so many of each kind
-    Adder adder;
+  const Mark& mark() const { return now_; }
+  // Makes room for so many runs of each kind.
+  void make_room(int64_t count) {
     for (int kind = 0; kind < kRowKinds; ++kind) {
-      Kind& k = kinds_[kind];
-      if (k.runs.size() < size_t(k.count + runs)) k.runs.resize(2 * (k.count + runs));
-      adder.end_[kind] = &k.runs[k.count];
+      const size_t size = now_.runs[kind] + count;
+      if (runs_[kind].size() < size) runs_[kind].resize(2 * size);
     }
-    return adder;
   }
-  void take(const Adder& adder) {
-    for (int kind = 0; kind < kRowKinds; ++kind)
-      kinds_[kind].count = int32_t(adder.end_[kind] - kinds_[kind].runs.data());
-    tile_steps_ += adder.steps_;
+  // A run, for which there is room. One without steps is written too, but not kept: a branch would often be foreseen wrongly.
+  void add(Rows rows, int64_t at, int64_t row, int64_t steps, int64_t stride) {
+    Run& run = runs_[rows][now_.runs[rows]];  // filled in place: a copy would wait for the single stores
+    run.at = at;
+    run.row = int32_t(row);
+    run.count = int32_t(steps);
+    run.stride = int32_t(stride);
+    now_.runs[rows] += steps > 0;
+    now_.steps += int32_t(steps);
   }
-  // The tile's last run of all rows, which may be made longer by a step.
-  Run* last_run() { return kinds_[kAllRows].count > kinds_[kAllRows].begin.back() ? &last() : nullptr; }
+  void add(int64_t at, int64_t row, int64_t steps, int64_t stride) {  // a run of all rows
+    make_room(1);
+    add(kAllRows, at, row, steps, stride);
+  }
+  // What lies between two marks, again.
+  void repeat(const Mark& begin, const Mark& end) {
+    for (int kind = 0; kind < kRowKinds; ++kind) {
+      make_room(end.runs[kind] - begin.runs[kind]);
+      Run* const runs = runs_[kind].data();
+      std::copy(runs + begin.runs[kind], runs + end.runs[kind], runs + now_.runs[kind]);
+      now_.runs[kind] += end.runs[kind] - begin.runs[kind];
+    }
+    now_.steps += end.steps - begin.steps;
+  }
+  // The last run of the tile at hand, which may be made longer by a step.
+  Run* last_run() {
+    const int32_t count = now_.runs[kAllRows];
+    return count > begin_.runs[kAllRows] ? &runs_[kAllRows][count - 1] : nullptr;
+  }
   void lengthen() {
-    ++last().count;
-    ++tile_steps_;
+    ++last_run()->count;
+    ++now_.steps;
   }
-  bool has_steps() const { return tile_steps_ > 0; }
-  void end_tile() {  // which has a step at least
-    for (Kind& kind : kinds_) kind.begin.push_back(kind.count);
-    steps.push_back(tile_steps_);
-    most_steps = std::max(most_steps, std::exchange(tile_steps_, 0));
+  bool has_steps() const { return now_.steps > begin_.steps; }  // of the tile at hand
+  // The tile at hand, which has what was added since the last one, or one with what lies between two marks. It has a step
+  // at least.
+  void end_tile(int64_t row = 0) { end_tile(begin_, now_, row); }
+  void end_tile(const Mark& begin, const Mark& end, int64_t row) {
+    tiles_.push_back({begin, end, row});
+    most_steps = std::max(most_steps, end.steps - begin.steps);
+    begin_ = now_;
   }
 
  private:
-  struct Kind {
-    std::vector<int32_t> begin{0};  // [tiles + 1], into `runs`
-    std::vector<Run> runs;          // with room for more: `count` of them
-    int32_t count = 0;
+  struct Part {
+    Mark begin, end;
+    int64_t row;
   };
-  Run& last() { return kinds_[kAllRows].runs[kinds_[kAllRows].count - 1]; }
 
-  Kind kinds_[kRowKinds];
-  int32_t tile_steps_ = 0;  // of the tile at hand
+  std::vector<Run> runs_[kRowKinds];  // with room for more
+  std::vector<Part> tiles_;
+  Mark now_, begin_;  // begin_: of the tile at hand
 };

@@ -1,25 +1,31 @@
 // P as the products read it: runs of steps whose weights lie side by side.
 //
-// Tiles of queries whose tokens lie side by side find their weights in the table itself, or its mirror image, and need no
-// copy of them; other tiles have weights of their own.
+// Tiles whose tokens lie side by side in the table find their weights in the table itself, or in its mirror image, and need
+// no copy of them. What such a tile takes of a row of tokens depends only on how many rows and planes that lies away from
+// the tile's own: it is found once for all tiles above each other. Other tiles have weights of their own.
 // No include guard: every instruction set compiles this text anew, inside its own namespace and target options.
 
-template <class A>
+template <class A, class E>
 struct PackingBuffers {
   std::vector<double> entries;
-  std::vector<A> peak, low_peak, most_peak, mirrored_limit;
+  std::vector<A> rounded;
+  std::vector<typename Packed<E>::Mark> marks;
+  struct Stretch {
+    int32_t from, to;
+  };
+  std::vector<Stretch> stretches;
+  std::vector<int32_t> begins;
 };
 
 // E: what the products multiply.
 template <class A, class E>
 class Packing {
  public:
-  Packing(const Call& call, const Weights<A>& weights, PackingBuffers<A>& buffers)
+  Packing(const Call& call, const Weights<A>& weights, PackingBuffers<A, E>& buffers)
       : table_size_(call.shape.table_size()), weights_(weights), b_(buffers) {}
 
   template <bool kRows>
   void pack(Packed<E>& packed) {
-    const int64_t* const place = window().place.data();
     packed.weights.clear();
     if (weights_.shared()) share_table<kRows>(packed);
     const size_t shared = packed.weights.size();
@@ -27,28 +33,30 @@ class Packing {
     all_ = weights_.shared() && weights_.takes_all();
     if (all_ && packed.complete == weights_.sizes_of_window()) return;
     packed.clear();
-    if (weights_.shared() && !all_) find_peaks();
-    if (!kRows && !all_) {
-      const int64_t tokens = window().tokens;
-      b_.mirrored_limit.resize(tokens + kLanes);
-      std::reverse_copy(weights_.limit(), weights_.limit() + tokens, b_.mirrored_limit.begin());
-    }
-    for (const Tile& tile : window().tiles) {
-      if (weights_.shared() && place[tile.last - 1] == place[tile.first] + tile.rows() - 1)
-        all_ ? pack_whole<kRows>(packed, tile) : pack_shared<kRows>(packed, tile);
+    if (weights_.shared() && length() >= kLeastRows) {
+      across_ = int64_t(window().tiles.size()) * length() / window().tokens;
+      if constexpr (kDepth > 1)
+        pack_pairs<kRows>(packed);
       else
-        pack_tile<kRows>(packed, tile);
-      if (!packed.has_steps()) add_zeros(packed);
-      packed.end_tile();
+        pack_runs(packed);
+    } else {
+      for (const Tile& tile : window().tiles) {
+        const Mark begin = packed.mark();
+        for (int64_t step = 0; step * kDepth < window().tokens; ++step) add_step<kRows>(packed, tile, step);
+        end_tile(packed, begin, packed.mark(), 0);
+      }
     }
     if (all_ && packed.weights.size() == shared) packed.complete = weights_.sizes_of_window();
   }
 
  private:
+  using Mark = typename Packed<E>::Mark;
   static constexpr int64_t kDepth = kDepthOf<E>;
   static constexpr int kLanes = VectorOf<A>::kLanes;
+  static_assert(kTilesKeepToRows);
 
   const Window& window() const { return weights_.window(); }
+  int64_t length() const { return window().cls.box[2]; }  // of a row of tokens
 
   // Whether to find the steps of a tile's first or last rows: not where few panels use them, nor in small windows, where
   // there are few. A panel of large ones lies in the second-level cache, which had better be read once and in order. What
@@ -64,109 +72,139 @@ class Packing {
   // mirror image for queries, in the table itself for keys. Of a pair the second is that of the next token, one before.
   template <bool kRows>
   void share_table(Packed<E>& packed) {
-    const int64_t size = table_size_, shared = round_up(size, kDoubles) + kDoubles;
+    const int64_t size = table_size_, shared = round_up(size, kLanes) + kLanes;
     const double* weight = weights_.weight();
-    make_room(b_.entries, 1 + size);
+    b_.entries.resize(1 + shared);
     double* entries = b_.entries.data() + 1;  // behind a zero
     entries[-1] = 0;
-    if (kRows)
-      std::reverse_copy(weight, weight + size, entries);
-    else
-      std::copy(weight, weight + size, entries);
+    double* const end = kRows ? std::reverse_copy(weight, weight + size, entries) : std::copy(weight, weight + size, entries);
+    std::fill(end, entries + shared, 0.);
     packed.weights.resize(shared);
     for (int64_t e = 0; e < shared; e += kDoubles)
       store_operands(&packed.weights[e], load<double>(entries + e), load<double>(entries + e - 1));
-  }
-
-  // The largest |entry| among as many from each one on as a tile has rows, or a lower one, or all but a few of them.
-  void find_peaks() {
-    const int64_t size = table_size_, rows = window().tiles.back().rows();  // no tile is higher
-    const double* const entries = b_.entries.data() + 1;
-    b_.peak.assign(size + kLanes + kTileRows, A(0));  // vectors begin up to a tile's rows late
-    for (int64_t e = 0; e < size; ++e)                // NaN is to be seen
-      b_.peak[e] = A(entries[e] == entries[e] ? std::abs(entries[e]) : std::numeric_limits<double>::infinity());
-    const int64_t few = pays_to_split() ? few_of(rows) : 0;
-    const int64_t most = few > 0 ? rows - few : 1, low = std::max<int64_t>(most, rows - 1);
-    if (few > 0) {
-      widen_peaks(b_.peak, 1, most);
-      b_.most_peak = b_.peak;
-    }
-    widen_peaks(b_.peak, most, low);
-    b_.low_peak = b_.peak;
-    widen_peaks(b_.peak, low, rows);
-  }
-
-  // Each is the largest of `reach` entries from there on, and becomes the largest of `wanted`.
-  static void widen_peaks(std::vector<A>& peaks, int64_t reach, int64_t wanted) {
-    A* const peak = peaks.data();
-    for (int64_t step; reach < wanted; reach += step) {
-      step = std::min(reach, wanted - reach);  // runs may overlap
-      for (int64_t e = 0; e + step < int64_t(peaks.size()); ++e) peak[e] = std::max(peak[e], peak[e + step]);
+    if constexpr (kDepth > 1) {
+      b_.rounded.resize(shared);
+      for (int64_t e = 0; e < shared; e += kDoubles) store_rounded(&b_.rounded[e], load<double>(entries + e));
     }
   }
 
-  // A tile that finds its weights in the shared table and takes all of them.
-  template <bool kRows>
-  void pack_whole(Packed<E>& packed, const Tile& tile) const {
-    const int64_t *place = window().place.data(), length = window().cls.box[2];
-    const int64_t origin = weights_.centre() + place[tile.first];
-    int64_t done = 0;  // steps
-    for (int64_t row = 0, end = length; row < window().tokens; row = end, end += length)
-      for (int64_t from = row, count; from < end; from += count) {
-        count = std::min<int64_t>(kMostSteps, end - from);
-        if constexpr (kDepth > 1)
-          add_pairs<kRows>(packed, tile, row, from, from + count, done);
-        else
-          packed.add(origin - place[from], from * kPanelOf<A>, count, -1);
-      }
+  // ---- what tiles above each other have in common ----
+
+  // Calls `work` for each tile of a row and for each displacement of a row of tokens, by planes and rows.
+  template <class Work>
+  void for_each_displacement(const Work& work) const {
+    const int64_t* const box = window().cls.box;
+    for (int64_t t = 0; t < across_; ++t)
+      for (int64_t d0 = 1 - box[0]; d0 < box[0]; ++d0)
+        for (int64_t d1 = 1 - box[1]; d1 < box[1]; ++d1) work(t, d0, d1);
+  }
+  // Calls `work` for each tile: its number in the row (i0, i1).
+  template <class Work>
+  void for_each_tile(const Work& work) const {
+    const Tile* tile = window().tiles.data();
+    for (int64_t i0 = 0; i0 < window().cls.box[0]; ++i0)
+      for (int64_t i1 = 0; i1 < window().cls.box[1]; ++i1)
+        for (int64_t t = 0; t < across_; ++t) work(*tile++, t, i0, i1);
+  }
+  // Which of these it is for a tile of the row (i0, i1) and the first row of tokens in plane j0; the others follow.
+  int64_t displacement(int64_t t, int64_t i0, int64_t i1, int64_t j0) const {
+    const int64_t* const box = window().cls.box;
+    return (t * (2 * box[0] - 1) + j0 - i0 + box[0] - 1) * (2 * box[1] - 1) + box[1] - 1 - i1;
   }
 
-  // Another one that finds its weights there. Of each row of the tokens that are summed over, or each 64 of them, it takes
-  // what lies between the first and the last that count.
-  template <bool kRows>
-  void pack_shared(Packed<E>& packed, const Tile& tile) const {
-    const int64_t *place = window().place.data(), length = window().cls.box[2], tokens = window().tokens;
-    const int64_t origin = weights_.centre() + place[tile.first], few = pays_to_split() ? few_of(tile.rows()) : 0;
-    const bool highest = tile.rows() == window().tiles.back().rows();
-    const A* const peak = (few > 0 ? b_.most_peak : highest ? b_.peak : b_.low_peak).data() + origin;
-    const A *const limit = weights_.limit(), *const mirrored_limit = b_.mirrored_limit.data() + (kRows ? 0 : tokens);
-    const auto least = fill<Vec<A>>(*std::min_element(limit + tile.first, limit + tile.last));
-    auto runs = packed.make_room(divide_up(length, 64) * (tokens / length));
-    int64_t done = 0;  // steps
-    for (int64_t row = 0, end = length; row < tokens; row = end, end += length)
-      for (int64_t begin = row, count; begin < end; begin += count) {
-        count = std::min<int64_t>(64, end - begin);
-        // A bit for each, the last token's first: whether any row counts but the last few, any but the first few, any at
-        // all. No branches: where runs end no processor foresees.
-        const int64_t next = begin + count, entry = -place[next - 1];
-        uint64_t not_last = 0, not_first = 0;
-        for (int64_t i = 0; i < count; i += kLanes) {
-          const auto limits = kRows ? least : load<A>(mirrored_limit - next + i);
-          not_last |= bits_of(load<A>(peak + entry + i) > limits) << i;
-          if (few > 0) not_first |= bits_of(load<A>(peak + entry + few + i) > limits) << i;
-        }
-        not_last &= ~uint64_t(0) >> (64 - count);
-        not_first = few > 0 ? not_first & ~uint64_t(0) >> (64 - count) : not_last;
-        const uint64_t counts = not_first | not_last;
-        if (counts == 0) continue;
-        const int64_t from = next - 64 + __builtin_clzll(counts), to = next - __builtin_ctzll(counts);
-        if constexpr (kDepth > 1) {
-          add_pairs<kRows>(packed, tile, row, from, to, done);
-        } else {
-          // For the first rows alone until others count too, for the last rows alone once no others do.
-          const int64_t at = origin + entry + next - 1;  // the row's entries lie side by side
-          if (few == 0) {
-            runs.add(kAllRows, at - from, from * kPanelOf<A>, to - from);
-            continue;
-          }
-          const int64_t all_begin = not_first ? next - 64 + __builtin_clzll(not_first) : to;
-          const int64_t all_end = std::max(all_begin, not_last ? next - __builtin_ctzll(not_last) : from);
-          runs.add(kAllRows, at - all_begin, all_begin * kPanelOf<A>, all_end - all_begin);
-          runs.add(kFirstRows, at - from, from * kPanelOf<A>, all_begin - from);
-          runs.add(kLastRows, at - all_end, all_end * kPanelOf<A>, to - all_end);
-        }
+  // Of a row of tokens, counted from the first one of the tile's row, calls `use(at, from, all_from, all_to, to)` for what
+  // lies between the first and the last step that count, of each 64. From all_from to all_to others count than the tile's
+  // first few rows or its last few ones. A step's weights are at `at - step`.
+  template <class Use>
+  void for_each_stretch(const A* entries, int64_t t, int64_t d0, int64_t d1, const Use& use) const {
+    const int64_t *box = window().cls.box, *place = window().place.data();
+    const int64_t own = std::max<int64_t>(0, -d0) * box[1] + std::max<int64_t>(0, -d1);  // a row that has another so far away
+    const Tile& tile = window().tiles[own * across_ + t];
+    const int64_t rows = tile.rows(), few = pays_to_split() ? few_of(rows) : 0;
+    const int64_t begin = (d0 * box[1] + d1) * length(), end = begin + length();
+    const int64_t at = weights_.centre() + place[tile.first] - place[own * length() + begin] + begin;
+    for (int64_t first = begin, count; first < end; first += count) {
+      count = std::min<int64_t>(64, end - first);
+      // A bit for each step, the last one's first: whether any row counts but the last few, or any but the first few. No
+      // branches: where stretches end no processor foresees.
+      const int64_t next = first + count;
+      uint64_t not_last = 0, not_first = 0;
+      for (int64_t i = 0; i < count; i += kLanes) {
+        const A* const from = entries + at - (next - 1) + i;
+        uint64_t last = 0, bits = 0;
+        for (int64_t r = 0; r < few; ++r) last |= counting(from + r);
+        for (int64_t r = few; r < rows - few; ++r) bits |= counting(from + r);
+        last |= bits;
+        for (int64_t r = rows - few; r < rows; ++r) bits |= counting(from + r);
+        not_last |= last << i;
+        not_first |= bits << i;
       }
-    if constexpr (kDepth == 1) packed.take(runs);
+      const uint64_t all = all_ ? ~uint64_t(0) : 0, steps = ~uint64_t(0) >> (64 - count);
+      not_last = (not_last | all) & steps;
+      not_first = (not_first | all) & steps;
+      const uint64_t counts = not_first | not_last;
+      if (counts == 0) continue;
+      const int64_t from = next - 64 + __builtin_clzll(counts), to = next - __builtin_ctzll(counts);
+      // For the first rows alone until others count too, for the last rows alone once no others do.
+      const int64_t all_from = not_first ? next - 64 + __builtin_clzll(not_first) : to;
+      const int64_t all_to = std::max(all_from, not_last ? next - __builtin_ctzll(not_last) : from);
+      use(at, from, all_from, all_to, to);
+    }
+  }
+  // Which of a vector of entries count; NaN does.
+  uint64_t counting(const A* entries) const {
+    return bits_where_not_within(magnitude(load<A>(entries)), fill<Vec<A>>(weights_.limit()));
+  }
+
+  void pack_runs(Packed<E>& packed) {
+    const int64_t planes = window().cls.box[0], rows = window().cls.box[1];
+    b_.marks.clear();
+    for_each_displacement([&](int64_t t, int64_t d0, int64_t d1) {
+      b_.marks.push_back(packed.mark());
+      packed.make_room(divide_up(length(), 64));
+      const auto add = [&](int64_t at, int64_t from, int64_t all_from, int64_t all_to, int64_t to) {
+        packed.add(kAllRows, at - all_from, all_from * kPanelOf<A>, all_to - all_from, -1);
+        packed.add(kFirstRows, at - from, from * kPanelOf<A>, all_from - from, -1);
+        packed.add(kLastRows, at - all_to, all_to * kPanelOf<A>, to - all_to, -1);
+      };
+      for_each_stretch(packed.weights.data(), t, d0, d1, add);
+    });
+    b_.marks.push_back(packed.mark());
+    for_each_tile([&](const Tile&, int64_t t, int64_t i0, int64_t i1) {
+      const Mark* marks = &b_.marks[displacement(t, i0, i1, 0)];
+      const int64_t row = (i0 * rows + i1) * length() * kPanelOf<A>;
+      if (planes == 1) return end_tile(packed, marks[0], marks[rows], row);
+      const Mark begin = packed.mark();
+      for (int64_t j0 = 0; j0 < planes; ++j0, marks += 2 * rows - 1) packed.repeat(marks[0], marks[rows]);
+      end_tile(packed, begin, packed.mark(), row);
+    });
+  }
+
+  // Pairs of tokens may lie in two rows: they begin where those of all tokens before do.
+  template <bool kRows>
+  void pack_pairs(Packed<E>& packed) {
+    b_.stretches.clear();
+    b_.begins.clear();
+    for_each_displacement([&](int64_t t, int64_t d0, int64_t d1) {
+      b_.begins.push_back(int32_t(b_.stretches.size()));
+      for_each_stretch(b_.rounded.data(), t, d0, d1, [&](int64_t, int64_t from, int64_t, int64_t, int64_t to) {
+        b_.stretches.push_back({int32_t(from), int32_t(to)});
+      });
+    });
+    b_.begins.push_back(int32_t(b_.stretches.size()));
+    for_each_tile([&](const Tile& tile, int64_t t, int64_t i0, int64_t i1) {
+      const int64_t *box = window().cls.box, own = (i0 * box[1] + i1) * length();
+      const Mark begin = packed.mark();
+      int64_t done = 0;  // steps
+      for (int64_t j0 = 0; j0 < box[0]; ++j0)
+        for (int64_t j1 = 0; j1 < box[1]; ++j1) {
+          const int32_t* const begins = &b_.begins[displacement(t, i0, i1, j0) + j1];
+          for (int32_t k = begins[0]; k < begins[1]; ++k)
+            add_pairs<kRows>(packed, tile, (j0 * box[1] + j1) * length(), own + b_.stretches[k].from,
+                             own + b_.stretches[k].to, done);
+        }
+      end_tile(packed, begin, packed.mark(), 0);
+    });
   }
 
   // Pairs of tokens of a row, from where counts to where; a pair of which one lies in another row has weights of its own.
@@ -181,15 +219,16 @@ class Packing {
     done = last;
   }
 
-  template <bool kRows>
-  void pack_tile(Packed<E>& packed, const Tile& tile) const {
-    for (int64_t step = 0; step * kDepth < window().tokens; ++step) add_step<kRows>(packed, tile, step);
-  }
-
-  // A tile without a weight that counts.
-  static void add_zeros(Packed<E>& packed) {
-    packed.add(int64_t(packed.weights.size()), 0, 1, 0);
-    packed.weights.insert(packed.weights.end(), kTileRows, E{});
+  // A tile must have a step: without a weight that counts it is one of zeros.
+  static void end_tile(Packed<E>& packed, Mark begin, Mark end, int64_t row) {
+    if (begin.steps == end.steps) {
+      begin = packed.mark();
+      packed.add(int64_t(packed.weights.size()), 0, 1, 0);
+      packed.weights.insert(packed.weights.end(), kTileRows, E{});
+      end = packed.mark();
+      row = 0;
+    }
+    packed.end_tile(begin, end, row);
   }
 
   // Adds a step with weights of its own, unless none is to be taken or the tile has it already.
@@ -206,7 +245,7 @@ class Packing {
         const int64_t i = kRows ? tile.first + r : step * kDepth + d;
         const int64_t j = kRows ? step * kDepth + d : tile.first + r;
         pair[d] = weights_.weight_of(i, j);
-        counts |= !(std::abs(pair[d]) <= double(weights_.limit()[i]));
+        counts |= !(std::abs(pair[d]) <= double(weights_.limit()));
       }
       weights[r] = operand<E>(pair[0], pair[1]);
     }
@@ -223,6 +262,7 @@ class Packing {
 
   const int64_t table_size_;
   const Weights<A>& weights_;
-  PackingBuffers<A>& b_;
-  bool all_ = false;  // whether to take all weights of the group at hand
+  PackingBuffers<A, E>& b_;
+  int64_t across_ = 1;  // tiles in a row of tokens
+  bool all_ = false;    // whether to take all weights of the group at hand
 };

@@ -5,7 +5,7 @@
 // are left out of the product.
 // No include guard: every instruction set compiles this text anew, inside its own namespace and target options.
 
-template <class A>
+template <class A, class E>
 struct PackingBuffers {
   std::vector<double> mirrored;
   std::vector<Bfloat16> table;
@@ -14,7 +14,7 @@ struct PackingBuffers {
 template <class A, class E>
 class Packing {
  public:
-  Packing(const Call& call, const Weights<A>& weights, PackingBuffers<A>& buffers)
+  Packing(const Call& call, const Weights<A>& weights, PackingBuffers<A, E>& buffers)
       : table_size_(call.shape.table_size()), weights_(weights), b_(buffers) {}
 
   template <bool kRows>
@@ -32,7 +32,7 @@ class Packing {
     }
     for (int64_t first = 0; first < tokens; first += kTileRows) {
       for (int64_t key = 0; key < tokens; key += kKeys)
-        if (largest_of_block(matrix + first * ld + key, ld) > (kRows ? limit(first, kTileRows) : limit(key, kKeys)))
+        if (largest_of_block(matrix + first * ld + key, ld) > float(weights_.limit()))
           packed.add(start + (first * ld + key) / 2, key / 2 * kPanelOf<A>, divide_up(std::min(kKeys, tokens - key), 2), ld / 2);
       if (!packed.has_steps()) packed.add(start + first * ld / 2, 0, 1, ld / 2);  // of weights that do not count
       packed.end_tile();
@@ -45,12 +45,6 @@ class Packing {
   static constexpr int64_t kCopied = 16;               // weights at a time, some of them beyond a row's end
 
   const Window& window() const { return weights_.window(); }
-
-  // What must be exceeded in a block of these queries to be packed.
-  float limit(int64_t query, int64_t count) const {
-    const auto* const first = weights_.limit() + query;
-    return *std::min_element(first, first + std::min(count, window().tokens - query));
-  }
 
   // NaN counts as more than anything.
   static float largest_of_block(const Bfloat16* block, int64_t ld) {
@@ -100,5 +94,5 @@ class Packing {
 
   const int64_t table_size_;
   const Weights<A>& weights_;
-  PackingBuffers<A>& b_;
+  PackingBuffers<A, E>& b_;
 };

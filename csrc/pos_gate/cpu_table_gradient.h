@@ -137,7 +137,8 @@ inline Correlate<A> correlate_for(int64_t queries, int64_t keys) {
 }
 
 struct TableGradientBuffers {
-  std::vector<double> sums, shares;
+  std::vector<double> sums;
+  BoxBuffers<double> shares;
 };
 
 template <class A>
@@ -154,14 +155,13 @@ class TableGradient {
     return is_line() ? window().cls.box[2] % tiles_of_row() == 0 : rows() >= kManyRows;
   }
 
-  // For the weights' group and windows. Rows and tiles meet where a displacement has a weight that counts, if only for
-  // the query that may leave out least. Without a softmax a gradient does not depend on its weight.
+  // For the weights' group and windows. Rows and tiles meet where a displacement has a weight that counts. Without a
+  // softmax a gradient does not depend on its weight.
   void begin() {
     const int64_t *box = window().cls.box, size = shape_.table_size();
     b_.sums.assign(size + VectorOf<A>::kLanes, 0.);
     meetings_.clear();
-    const A* const limits = weights_.limit();
-    least_ = call_.softmax ? *std::min_element(limits, limits + window().tokens) : -std::numeric_limits<double>::infinity();
+    least_ = call_.softmax ? weights_.limit() : -std::numeric_limits<double>::infinity();
     const Tile* const tiles = window().tiles.data();  // the first ones are the first row's
     const int64_t count = tiles_of_row();
     if (is_line())
@@ -189,12 +189,15 @@ class TableGradient {
       for (int64_t e = 0; e < size; ++e) to[e] += A(b_.sums[e]);
       return;
     }
-    b_.shares.assign(size, 0.);
-    for (int64_t i = 0; i < window().tokens; ++i) *weights_.first_entry(b_.shares.data(), i) = weights_.scale()[i] * dots.of(i);
-    weights_.spread_boxes(b_.shares.data());
+    // Each query's part goes to the entries of all its keys: in the table's mirror image those of which it is in the box.
+    const int64_t *place = window().place.data(), room = size + weights_.box_reach();
+    b_.shares.doubled.assign(room + 2 * kDoubles, 0.);
+    for (int64_t i = 0; i < window().tokens; ++i)
+      b_.shares.doubled[weights_.centre() + place[i] - place[0]] = weights_.scale()[i] * dots.of(i);
+    const double* const shares = weights_.sum_boxes(room, b_.shares);
     for (int64_t e = 0; e < size; ++e) {
       const double weight = weights_.weight()[e];
-      to[e] += A(weight <= least_ ? 0 : weight * (b_.sums[e] - b_.shares[e]));
+      to[e] += A(weight <= least_ ? 0 : weight * (b_.sums[e] - shares[size - 1 - e]));
     }
   }
 

@@ -85,14 +85,14 @@ template <class V>
 inline V fill(ElementOf<V> a) {
   return a - V{};  // a minus zero is a, bit for bit; zero plus a is not, and would cost an addition
 }
-// Bit k: whether what was compared holds in lane k.
-template <class Ints>
-inline uint64_t bits_of(Ints compared) {
-#ifdef POSMLP_MASK_OF
-  if constexpr (sizeof(Ints) == kVectorBytes) return POSMLP_MASK_OF(compared, sizeof(compared[0]));
+// Bit k: whether a is greater than b in lane k, or one of them NaN.
+template <class V>
+inline uint64_t bits_where_not_within(V a, V b) {
+#ifdef POSMLP_MASK_NOT_WITHIN
+  if constexpr (sizeof(V) == kVectorBytes) return POSMLP_MASK_NOT_WITHIN(a, b, sizeof(ElementOf<V>));
 #endif
   uint64_t bits = 0;
-  for (int k = 0; k < int(sizeof(Ints) / sizeof(compared[0])); ++k) bits |= uint64_t(compared[k] & 1) << k;
+  for (int k = 0; k < kLanesOf<V>; ++k) bits |= uint64_t(!(a[k] <= b[k])) << k;
   return bits;
 }
 inline VectorOf<double>::ints lane_numbers() {

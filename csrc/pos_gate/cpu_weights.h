@@ -9,17 +9,18 @@
 // `dense`, each row about its own maximum.
 //
 // Under softmax the weights of a row that are packed sum to 1 but for eps / 2 at most, as much as rounding a result once
-// may take: for a Gaussian half of a window of 14 and three quarters of one of 24 are the others. What may be left out of
-// a row is what does not exceed its limit, and all of the table up to there, far more than the row has, sums to no more
-// than that. Of maps in half precision, whose eps is large, it is eps / 8, and no more than if all of the row were as large:
-// what is left out, always far weights, is seen in the table's gradients, which are in single.
+// may take: for a Gaussian half of a window of 14 and three quarters of one of 24 are the others. One limit, which a weight
+// must exceed to be packed, serves all rows of a group, so that all tiles find the same where they look equally far. Of
+// maps in half precision, whose eps is large, it is eps / 8, and about what it is if all of a row were as large: what is
+// left out, always far weights, is seen in the table's gradients, which are in single.
 // No include guard: every instruction set compiles this text anew, inside its own namespace and target options.
 
 constexpr int kDoubles = VectorOf<double>::kLanes;
 
 // `count` values, with room for a vector to stick out: zeros.
-inline void make_room(std::vector<double>& values, int64_t count) {
-  values.resize(count + 2 * kDoubles);
+template <class U>
+inline void make_room(std::vector<U>& values, int64_t count) {
+  values.resize(count + 2 * VectorOf<U>::kLanes);
   std::fill(values.begin() + count, values.end(), 0.);
 }
 
@@ -49,11 +50,19 @@ inline A smallest_of(const A* values, int64_t count) {
   return first_of(values, count, [](auto a, auto b) { return a < b; });
 }
 
+// What sums over boxes of a table are made in.
+template <class U>
+struct BoxBuffers {
+  std::vector<U> sums, doubled;
+};
+
 // Kept from call to call by each thread, so that no pages are faulted in again.
 template <class A>
 struct WeightBuffers {
-  std::vector<double> weight, scale, row, sums;
-  std::vector<A> dense, limit, rounded;
+  std::vector<double> weight, scale, row;
+  std::vector<A> dense, rounded;
+  BoxBuffers<double> row_sums;
+  BoxBuffers<A> left_out;
 };
 
 template <class A>
@@ -72,7 +81,7 @@ class Weights {
     largest_scale_ = factored_ ? largest_of(b_.scale.data(), window.tokens) : 1;
     shared_ = factored_ && largest_scale_ < kMostShared;
     if (!factored_) build_dense(group);
-    find_limits();
+    find_limit();
   }
 
   const Window& window() const { return *window_; }
@@ -86,17 +95,16 @@ class Weights {
   bool factored() const { return factored_; }
   // Whether products may read the table as it is: their results, or what they are given, lack the rows' scales.
   bool shared() const { return shared_; }
-  const A* limit() const { return b_.limit.data(); }  // of each query: what weight_of must exceed to be packed
-  // Whether all weights of a softmax are to be taken. They are where each is more than what any query's must exceed. In a
-  // small window they are too where that can be said of half of the table, which holds most of the pairs: to find the
-  // others costs more than they do, and so do runs of many lengths, whose ends no processor foresees.
+  A limit() const { return limit_; }  // what weight_of must exceed to be packed
+  // Whether all weights of a softmax are to be taken. They are where each is more than what must be exceeded. In a small
+  // window they are too where that can be said of half of the table, which holds most of the pairs: to find the others
+  // costs more than they do, and so do runs of many lengths, whose ends no processor foresees.
   bool takes_all() const {
-    if (A(least_) > largest_of(b_.limit.data(), int64_t(b_.limit.size()))) return true;
+    if (A(least_) > limit_) return true;
     if (!call_.softmax || window_->tokens > kFewTokens) return false;
-    const A limit = smallest_of(b_.limit.data(), window_->tokens);
     const int64_t size = shape_.table_size();
     int count = 0;
-    for (int64_t e = 0; e < size; ++e) count += b_.rounded[e] > limit;
+    for (int64_t e = 0; e < size; ++e) count += b_.rounded[e] > limit_;
     return 2 * count >= size;
   }
   const double* weight() const { return b_.weight.data(); }  // of each entry of the table
@@ -110,9 +118,37 @@ class Weights {
   }
 
   // Of a table, the entry of query i and the first key.
-  double* first_entry(double* table, int64_t i) const { return table + centre_ + window_->place[0] - window_->place[i]; }
-  // What is there for each query, all else being zero, is taken from there and added to the entries of all its keys.
-  void spread_boxes(double* table) const { spread_boxes(table, 0); }
+  template <class U>
+  U* first_entry(U* table, int64_t i) const { return table + centre_ + window_->place[0] - window_->place[i]; }
+  // Of all keys of a query the entries are a box of the table. For each of `count` entries the sum over the box that begins
+  // there, along one dimension after the other: of as many entries from each one on as the window has tokens, made of the
+  // sums of 1, 2, 4, ... The values are in buffers.doubled, with room behind them; the last box_reach() sums are not whole.
+  template <class U>
+  const U* sum_boxes(int64_t count, BoxBuffers<U>& buffers) const {
+    buffers.sums.resize(buffers.doubled.size());
+    for (int d = 0; d < kRank; ++d) {
+      const int64_t stride = shape_.table_view().map[d], length = window_->cls.box[d];
+      if (length == 1) continue;
+      const int64_t whole = count - (length - 1) * stride;
+      U *const sums = buffers.sums.data(), *const doubled = buffers.doubled.data();
+      for (int64_t entries = 1, taken = 0; taken < length; entries *= 2) {
+        if (length & entries) {
+          add(sums, taken > 0 ? sums : nullptr, doubled + taken * stride, whole);
+          taken += entries;
+        }
+        count -= entries * stride;
+        if (taken < length) add(doubled, doubled, doubled + entries * stride, count);
+      }
+      std::swap(buffers.sums, buffers.doubled);
+      count = whole;
+    }
+    return buffers.doubled.data();
+  }
+  int64_t box_reach() const {
+    int64_t reach = 0;
+    for (int d = 0; d < kRank; ++d) reach += (window_->cls.box[d] - 1) * shape_.table_view().map[d];
+    return reach;
+  }
 
   // Calls `run(key, entry, count)` for each run of keys whose entries for query i lie side by side.
   template <class Run>
@@ -144,13 +180,21 @@ class Weights {
     }
     const double maximum = double(largest_of(table_, size));
     least_ = std::exp(double(smallest_of(table_, size)) - maximum);
-    for (int64_t e = 0; e < size; ++e) b_.weight[e] = double(table_[e]) - maximum;
-    b_.rounded.resize(round_up(size, kDoubles));
-    for (int64_t e = 0; e < size; e += kDoubles) {
-      const DoubleVec weight = exponential(load<double>(&b_.weight[e]));
-      store(&b_.weight[e], weight);
-      store_rounded(&b_.rounded[e], weight);
-    }
+    constexpr A kInfinity = std::numeric_limits<A>::infinity();
+    b_.rounded.resize(round_up(size, VectorOf<A>::kLanes));
+    std::fill(b_.rounded.end() - VectorOf<A>::kLanes, b_.rounded.end(), kInfinity);
+    double* const weights = b_.weight.data();
+    A* const rounded = b_.rounded.data();
+    const auto weigh = [=](int64_t e, DoubleVec entries) {
+      const DoubleVec weight = exponential(entries - maximum);
+      store(weights + e, weight);
+      store_rounded(rounded + e, weight);
+    };
+    int64_t e = 0;
+    for (; e + kDoubles <= size; e += kDoubles) weigh(e, load_wide(table_ + e));
+    A rest[kDoubles];
+    std::fill(std::copy(table_ + e, table_ + size, rest), rest + kDoubles, kInfinity);
+    if (e < size) weigh(e, load_wide(rest));
     std::fill(b_.weight.begin() + size, b_.weight.end(), 0.);
     return true;
   }
@@ -164,87 +208,89 @@ class Weights {
       std::fill_n(b_.scale.begin(), tokens, 1.);
       return true;
     }
-    b_.sums = b_.weight;
-    sum_boxes(b_.sums.data(), 0);
+    b_.row_sums.doubled = b_.weight;
+    row_sums_ = sum_boxes(shape_.table_size(), b_.row_sums);
+    for (int64_t i = 0; i < tokens; ++i) b_.scale[i] = *first_entry(row_sums_, i);
+    bool enough = true;
     for (int64_t i = 0; i < tokens; ++i) {
-      const double sum = *first_entry(b_.sums.data(), i);
-      if (!(sum >= kEnough)) return false;
-      b_.scale[i] = sum;
+      enough &= b_.scale[i] >= kEnough;
+      b_.scale[i] = 1 / b_.scale[i];
     }
-    for (int64_t i = 0; i < tokens; ++i) b_.scale[i] = 1 / b_.scale[i];  // by vectors
-    return true;
+    return enough;
   }
 
-  // The sum of each query's weights, to where its first key's entry was: its keys are a box of the table. Along dimension
-  // d such a box ends the first half of the entries that the window reaches and begins the second, so that its sum is one
-  // of a suffix and a prefix.
-  void sum_boxes(double* sums, int d) const {
-    const int64_t stride = shape_.table_view().map[d], box = window_->cls.box[d];
-    sums += (shape_.window[d] - box) * stride;
-    for (int64_t k = box - 2; k >= 0; --k) add_entries(sums, k, k + 1, stride);
-    for (int64_t k = box + 1; k < 2 * box - 1; ++k) add_entries(sums, k, k - 1, stride);
-    for (int64_t k = 1; k < box; ++k) add_entries(sums, k, k + box - 1, stride);
-    if (d + 1 < kRank)
-      for (int64_t k = 0; k < box; ++k) sum_boxes(sums + k * stride, d + 1);
-  }
-  void spread_boxes(double* sums, int d) const {
-    const int64_t stride = shape_.table_view().map[d], box = window_->cls.box[d];
-    sums += (shape_.window[d] - box) * stride;
-    if (d + 1 < kRank)
-      for (int64_t k = 0; k < box; ++k) spread_boxes(sums + k * stride, d + 1);
-    for (int64_t k = box - 1; k > 0; --k) add_entries(sums, k + box - 1, k, stride);
-    for (int64_t k = 2 * box - 2; k > box; --k) add_entries(sums, k - 1, k, stride);
-    for (int64_t k = 0; k < box - 1; ++k) add_entries(sums, k + 1, k, stride);
-  }
-  static void add_entries(double* sums, int64_t to, int64_t from, int64_t stride) {
-    double* const sum = sums + to * stride;
-    const double* const added = sums + from * stride;
-    for (int64_t e = 0; e < stride; ++e) sum[e] += added[e];
+  // to[e] = from[e] + added[e], or what is added where `from` is null; up to a vector more than `count`.
+  template <class U>
+  static void add(U* to, const U* from, const U* added, int64_t count) {
+    for (int64_t e = 0; e < count; e += VectorOf<U>::kLanes) {
+      const Vec<U> more = load<U>(added + e);
+      store(to + e, from ? load<U>(from + e) + more : more);
+    }
   }
 
   // ---- what may be left out ----
 
-  // The largest of some candidates up to which the table's weights, times the row's scale, are negligible together; at
-  // least what is so if all of the row were as large.
-  void find_limits() {
-    constexpr int kLanes = VectorOf<A>::kLanes;
-    const int64_t tokens = window_->tokens;
-    const A each = A(call_.softmax ? negligible_ / double(tokens) : 0);
-    b_.limit.assign(round_up(tokens, kLanes), each);
+  // The largest of some that are tried with which no row leaves out too much; at least what all weights of a row may be at
+  // once.
+  void find_limit() {
+    const double each = call_.softmax ? negligible_ / double(window_->tokens) : 0;
+    limit_ = A(shared_ ? each / largest_scale_ : each);
     if (!shared_ || !call_.softmax) return;
-    A candidates[kCandidates] = {}, scales[kCandidates] = {};
-    const int count = tokens > kFewTokens && !half_ ? kCandidates : 0;
-    if (count > 0) find_candidates(each, candidates, scales);
-    for (int64_t i = 0; i < tokens; i += kLanes) {
-      A rounded[kLanes];
-      for (int j = 0; j < kLanes; j += kDoubles) store_rounded(rounded + j, load<double>(&b_.scale[i + j]));
-      const Vec<A> scale = load<A>(rounded);
-      Vec<A> limit = each / scale;
-      for (int k = 0; k < count; ++k)
-        limit = scale <= scales[k] && limit < candidates[k] ? fill<Vec<A>>(candidates[k]) : limit;
-      store(&b_.limit[i], limit);
-    }
+    A candidates[kCandidates];
+    int count = 0;
+    if (half_)
+      candidates[count++] = A(each / std::sqrt(largest_scale_ * smallest_of(b_.scale.data(), window_->tokens)));
+    else if (window_->tokens > kFewTokens)
+      count = find_candidates(candidates);
+    for (int k = count; k-- > 0;)
+      if (leaves_out_little(candidates[k])) {
+        limit_ = candidates[k];
+        return;
+      }
   }
 
-  // Candidates, the smallest first, and the largest scale of a row that may leave out so much.
+  // Candidates, the smallest first, of which a row may leave out 64; how many are worth a try: up to where all of the table's
+  // weights that are no larger sum to three times what a row may leave out. A window has room for a quarter of the table.
   static constexpr int kCandidates = 8;
-  void find_candidates(A each, A* candidates, A* scales) const {
-    constexpr A kFirst = 3, kRatio = A(1.75);
-    candidates[0] = kFirst * each / A(largest_scale_);
+  int find_candidates(A* candidates) const {
+    constexpr A kFew = 64, kRatio = A(1.75), kTimes = 3;
+    constexpr int kLanes = VectorOf<A>::kLanes;
+    candidates[0] = A(negligible_ / largest_scale_) / kFew;
     for (int k = 1; k < kCandidates; ++k) candidates[k] = kRatio * candidates[k - 1];
-    constexpr int kLanes = std::min(kCandidates, VectorOf<A>::kLanes);
-    using Some = Vec<A, kLanes>;
-    for (int k = 0; k < kCandidates; k += kLanes) {
-      const Some limit = load<A, kLanes>(candidates + k);
-      Some sums[4] = {};  // of weights up to each; four that wait for each other less than one would
-      const auto add = [&](Some& sum, A weight) { sum += weight <= limit ? fill<Some>(weight) : Some{}; };
-      const int64_t size = shape_.table_size();
-      int64_t e = 0;
-      for (; e + 4 <= size; e += 4)
-        for (int i = 0; i < 4; ++i) add(sums[i], b_.rounded[e + i]);
-      for (; e < size; ++e) add(sums[0], b_.rounded[e]);
-      store(scales + k, A(negligible_) / ((sums[0] + sums[1]) + (sums[2] + sums[3])));
+    const int64_t size = shape_.table_size();
+    const A* const weights = b_.rounded.data();  // with infinities behind the last
+    Vec<A> sums[kCandidates] = {};  // of weights up to each
+    for (int64_t e = 0; e < size; e += kLanes) {
+      const Vec<A> weight = load<A>(weights + e);
+      POSMLP_UNROLL for (int k = 0; k < kCandidates; ++k) sums[k] += weight <= candidates[k] ? weight : Vec<A>{};
     }
+    int count = 0;
+    while (count < kCandidates && sum_lanes<A>(sums[count]) * largest_scale_ <= kTimes * negligible_) ++count;
+    return count;
+  }
+
+  // Whether the weights up to a limit are negligible in each row.
+  bool leaves_out_little(A limit) {
+    constexpr int kLanes = VectorOf<A>::kLanes;
+    const int64_t size = shape_.table_size(), tokens = window_->tokens, length = window_->cls.box[2];
+    make_room(b_.left_out.doubled, round_up(size, kLanes));
+    const A* const weights = b_.rounded.data();  // with infinities behind the last
+    A* const small = b_.left_out.doubled.data();
+    for (int64_t e = 0; e < size; e += kLanes) {
+      const Vec<A> weight = load<A>(weights + e);
+      store(small + e, weight <= limit ? weight : Vec<A>{});
+    }
+    const A* const left_out = sum_boxes(size, b_.left_out);
+    uint64_t too_much = 0;
+    for (int64_t row = 0; row < tokens; row += length) {  // whose last token's entry is the first
+      const A* const left = first_entry(left_out, row + length - 1);
+      const double* const sums = first_entry(row_sums_, row + length - 1);
+      for (int64_t k = 0; k < length; k += kDoubles) {
+        const uint64_t bits = bits_where_not_within(load_wide(left + k), negligible_ * load<double>(sums + k));
+        too_much |= bits & ~uint64_t(0) >> (64 - std::min<int64_t>(64, length - k));
+      }
+    }
+    return too_much == 0;
   }
 
   // ---- dense ----
@@ -289,6 +335,8 @@ class Weights {
   const Window* window_ = nullptr;
   const A* table_ = nullptr;  // of the group at hand
   int64_t centre_ = 0;
+  const double* row_sums_ = nullptr;      // of a softmax: of the box that begins at each entry
   double largest_scale_ = 1, least_ = 0;  // least_: of a softmax's weights
+  A limit_ = 0;
   bool factored_ = false, shared_ = false;
 };

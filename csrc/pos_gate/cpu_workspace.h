@@ -16,7 +16,7 @@ struct Workspace {
   std::vector<A> storage, bias;  // bias: [tokens] of the window class at hand, zeros if there is none
   std::vector<E> operands;
   RowSums<A> bias_sums, dots;  // of dU and of dU * Y, of the window class at hand
-  MixingBuffers<A> mixing;
+  MixingBuffers<A, E> mixing;
   std::vector<GroupMixing<A, E>> groups;  // of a forward
 
   static Workspace& of_thread() {
