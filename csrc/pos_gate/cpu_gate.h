@@ -369,13 +369,13 @@ class Gate {
     active_.assign(group_->rows.tiles(), {});
     for (int64_t tile = 0; tile < group_->rows.tiles(); ++tile) {
       auto& vectors = active_[tile];
-      const TileRuns runs = group_->rows.runs_of(tile);
+      const TileRuns& runs = group_->rows.runs_of(tile);
       if (!call_.softmax)
         for (int64_t v = 0; v < window.tokens; v += kLanes) vectors.push_back(int32_t(v));
       else
         for (const auto& kind : runs.of)
           for (const Run* run = kind.begin; run < kind.end; ++run) {
-            const int64_t first = (group_->rows.row_of(tile) + run->row) / kPanel * kDepthOf<E>, last = first + run->count * kDepthOf<E> - 1;
+            const int64_t first = (runs.row + run->row) / kPanel * kDepthOf<E>, last = first + run->count * kDepthOf<E> - 1;
             for (int64_t v = first / kLanes * kLanes; v <= last; v += kLanes) vectors.push_back(int32_t(v));
           }
       std::sort(vectors.begin(), vectors.end());

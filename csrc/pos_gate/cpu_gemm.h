@@ -194,9 +194,9 @@ static_assert(kTileVectors == 3);
 template <class A, class E>
 inline void multiply(Multiply<E, A*> multiply_runs, const Packed<E>& packed, int64_t tile, const E* from, A* to,
                      Wanted& wanted) {
-  const TileRuns runs = packed.runs_of(tile);
+  const TileRuns& runs = packed.runs_of(tile);
   const E* const weights = packed.weights.data();
-  from += packed.row_of(tile);
+  from += runs.row;
   if (packed.most_steps <= kMostSteps) return multiply_runs(runs, weights, from, to, wanted);
   constexpr int64_t kTile = kTileRows * kPanelOf<A>;
   A sums[kTile] = {};

@@ -17,11 +17,12 @@ enum Rows { kAllRows, kFirstRows, kLastRows, kRowKinds };
 // How many rows are the first ones of a tile, or the last ones; of a low tile none, for which a step costs little anyway.
 constexpr int few_of(int64_t rows) { return rows >= 6 ? int(rows / 2) : 0; }
 
-// The runs of a tile, for each kind of rows.
+// The runs of a tile, for each kind of rows, all their steps, and where the panel has what they are multiplied with.
 struct TileRuns {
   struct {
     const Run *begin, *end;
   } of[kRowKinds];
+  int64_t steps, row;
 };
 
 // P or its transpose, cut into tiles. Only what matters is there: for each tile the steps in which any of its rows has a
@@ -39,16 +40,8 @@ class Packed {
   WindowSizes complete{};   // of a window all of whose weights are there, in the table; otherwise zeros
 
   int64_t tiles() const { return int64_t(tiles_.size()); }
-  int64_t steps_of(int64_t tile) const { return tiles_[tile].end.steps - tiles_[tile].begin.steps; }
   bool is_split() const { return now_.runs[kFirstRows] + now_.runs[kLastRows] > 0; }  // not all are of all rows
-  TileRuns runs_of(int64_t tile) const {
-    const Mark &begin = tiles_[tile].begin, &end = tiles_[tile].end;
-    TileRuns runs;
-    for (int kind = 0; kind < kRowKinds; ++kind)
-      runs.of[kind] = {runs_[kind].data() + begin.runs[kind], runs_[kind].data() + end.runs[kind]};
-    return runs;
-  }
-  int64_t row_of(int64_t tile) const { return tiles_[tile].row; }  // where the panel has what they are multiplied with
+  const TileRuns& runs_of(int64_t tile) const { return tiles_[tile]; }
   size_t bytes() const {
     size_t runs = 0;
     for (const auto& kind : runs_) runs += kind.size();
@@ -56,7 +49,7 @@ class Packed {
   }
 
   void clear() {  // but for the weights, which their packing writes anew
-    tiles_.clear();
+    parts_.clear();
     now_ = begin_ = {};
     most_steps = 0;
     complete = {};
@@ -107,9 +100,20 @@ class Packed {
   // at least.
   void end_tile(int64_t row = 0) { end_tile(begin_, now_, row); }
   void end_tile(const Mark& begin, const Mark& end, int64_t row) {
-    tiles_.push_back({begin, end, row});
+    parts_.push_back({begin, end, row});
     most_steps = std::max(most_steps, end.steps - begin.steps);
     begin_ = now_;
+  }
+  // After the last tile: from now on all runs stay where they are.
+  void finish() {
+    tiles_.clear();
+    for (const auto& [begin, end, row] : parts_) {
+      TileRuns& tile = tiles_.emplace_back();
+      for (int kind = 0; kind < kRowKinds; ++kind)
+        tile.of[kind] = {runs_[kind].data() + begin.runs[kind], runs_[kind].data() + end.runs[kind]};
+      tile.steps = end.steps - begin.steps;
+      tile.row = row;
+    }
   }
 
  private:
@@ -119,6 +123,7 @@ class Packed {
   };
 
   std::vector<Run> runs_[kRowKinds];  // with room for more
-  std::vector<Part> tiles_;
+  std::vector<Part> parts_;       // the tiles,
+  std::vector<TileRuns> tiles_;  // and as products read them
   Mark now_, begin_;  // begin_: of the tile at hand
 };

@@ -46,6 +46,7 @@ class Packing {
         end_tile(packed, begin, packed.mark(), 0);
       }
     }
+    packed.finish();
     if (all_ && packed.weights.size() == shared) packed.complete = weights_.sizes_of_window();
   }
 

@@ -37,6 +37,7 @@ class Packing {
       if (!packed.has_steps()) packed.add(start + first * ld / 2, 0, 1, ld / 2);  // of weights that do not count
       packed.end_tile();
     }
+    packed.finish();
   }
 
  private:

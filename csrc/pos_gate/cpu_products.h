@@ -45,7 +45,7 @@ class Products {
     };
     for (size_t i = 0; i < window.tiles.size(); ++i) {
       const Tile& tile = window.tiles[i];
-      wanted_.begin_tile(tile, weights.steps_of(i));
+      wanted_.begin_tile(tile, weights.runs_of(i).steps);
       multiply(kernel_for<A*>(window, weights, tile), weights, i, operands, y, wanted_);
       wanted_.end_tile();
       if (i > 0) finish_tile(window.tiles[i - 1]);
@@ -65,9 +65,9 @@ class Products {
     for (size_t i = 0; i < count; ++i) {
       const Tile& tile = window.tiles[i];
       const bool last = i + 1 == count;
-      wanted_.begin_tile(window.tiles[last ? 0 : i + 1], weights.steps_of(i), last);
-      kernel_for<Out>(window, weights, tile)(weights.runs_of(i), weights.weights.data(), panel + weights.row_of(i),
-                                             way_out(tile), wanted_);
+      const TileRuns& runs = weights.runs_of(i);
+      wanted_.begin_tile(window.tiles[last ? 0 : i + 1], runs.steps, last);
+      kernel_for<Out>(window, weights, tile)(runs, weights.weights.data(), panel + runs.row, way_out(tile), wanted_);
       wanted_.end_tile();
       finish_rows(tile);
     }
