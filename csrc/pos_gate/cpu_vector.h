@@ -143,8 +143,13 @@ inline V exponential(V x) {
   const V shifted = y * kLog2E + kRound;
   const V n = shifted - kRound;
   const V r = (y - n * kLn2High) - n * kLn2Low;
-  V p{};
-  for (double coefficient : kInverseFactorials) p = p * r + coefficient;
+  const V square = r * r;
+  V odd{}, even{};  // powers, in two chains at a time
+  for (int k = 0; k < 14; k += 2) {
+    odd = odd * square + kInverseFactorials[k];
+    even = even * square + kInverseFactorials[k + 1];
+  }
+  const V p = odd * r + even;
   const auto exponent = ((IntsOf<V>)shifted + 1023) << 52;  // 2^n
   return tiny ? V{} : p * (V)exponent;
 }

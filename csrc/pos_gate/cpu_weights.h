@@ -203,20 +203,23 @@ class Weights {
   bool scale_rows() {
     constexpr double kEnough = 1e-280;
     const int64_t tokens = window_->tokens;
-    make_room(b_.scale, round_up(tokens, VectorOf<A>::kLanes));
+    make_room(b_.scale, tokens);
     if (!call_.softmax) {
       std::fill_n(b_.scale.begin(), tokens, 1.);
       return true;
     }
     b_.row_sums.doubled = b_.weight;
     row_sums_ = sum_boxes(shape_.table_size(), b_.row_sums);
-    for (int64_t i = 0; i < tokens; ++i) b_.scale[i] = *first_entry(row_sums_, i);
-    bool enough = true;
-    for (int64_t i = 0; i < tokens; ++i) {
-      enough &= b_.scale[i] >= kEnough;
-      b_.scale[i] = 1 / b_.scale[i];
+    double* const scale = b_.scale.data();
+    for (int64_t i = 0; i < tokens; ++i) scale[i] = *first_entry(row_sums_, i);
+    std::fill_n(scale + tokens, kDoubles, 1.);
+    uint64_t too_small = 0;
+    for (int64_t i = 0; i < tokens; i += kDoubles) {
+      const DoubleVec sums = load<double>(scale + i);
+      too_small |= bits_where_not_within(fill<DoubleVec>(kEnough), sums);
+      store(scale + i, 1 / sums);
     }
-    return enough;
+    return too_small == 0;
   }
 
   // to[e] = from[e] + added[e], or what is added where `from` is null; up to a vector more than `count`.
