@@ -58,9 +58,11 @@ bool streams(const Arguments& a, int64_t bytes, const Division& division) {
          view_of(a.x).map[kRank - 1] == 2 * a.shape.channels;
 }
 
-// Of a backward, where sums cross units: a function of the shape alone.
+// Of a backward, where sums cross units: a function of the shape alone. Few units are dealt out unevenly, and half as large
+// ones are worth it then.
 int64_t backward_splits(const Shape& shape) {
-  return std::clamp<int64_t>(columns_of_group(shape) / (2 * kFewColumns), 1, divide_up(kUnits, shape.groups));
+  const int64_t columns = columns_of_group(shape), even = std::min(columns / kFewColumns, divide_up(kUnits / 2, shape.groups));
+  return std::clamp<int64_t>(std::max(columns / (2 * kFewColumns), even), 1, divide_up(kUnits, shape.groups));
 }
 
 Call call_of(const Arguments& a, const Division& division) {
