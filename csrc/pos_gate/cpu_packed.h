@@ -35,9 +35,9 @@ class Packed {
     int32_t runs[kRowKinds] = {}, steps = 0;
   };
 
-  std::vector<E> weights;   // where the runs have theirs
-  int32_t most_steps = 0;   // of a tile
-  WindowSizes complete{};   // of a window all of whose weights are there, in the table; otherwise zeros
+  std::vector<E> weights;  // where the runs have theirs
+  int32_t most_steps = 0;  // of a tile
+  WindowSizes complete{};  // of a window all of whose weights are there, in the table; otherwise zeros
 
   int64_t tiles() const { return int64_t(tiles_.size()); }
   bool is_split() const { return now_.runs[kFirstRows] + now_.runs[kLastRows] > 0; }  // not all are of all rows
@@ -98,7 +98,7 @@ class Packed {
   bool has_steps() const { return now_.steps > begin_.steps; }  // of the tile at hand
   // The tile at hand, which has what was added since the last one, or one with what lies between two marks. It has a step
   // at least.
-  void end_tile(int64_t row = 0) { end_tile(begin_, now_, row); }
+  void end_tile() { end_tile(begin_, now_, 0); }
   void end_tile(const Mark& begin, const Mark& end, int64_t row) {
     parts_.push_back({begin, end, row});
     most_steps = std::max(most_steps, end.steps - begin.steps);
@@ -123,7 +123,7 @@ class Packed {
   };
 
   std::vector<Run> runs_[kRowKinds];  // with room for more
-  std::vector<Part> parts_;       // the tiles,
-  std::vector<TileRuns> tiles_;  // and as products read them
-  Mark now_, begin_;  // begin_: of the tile at hand
+  std::vector<Part> parts_;           // the tiles,
+  std::vector<TileRuns> tiles_;       // and as products read them
+  Mark now_, begin_;                  // begin_: of the tile at hand
 };
