@@ -15,6 +15,13 @@ struct PackingBuffers {
   };
   std::vector<Stretch> stretches;
   std::vector<int32_t> begins;
+  // Tiles above each other, number `across` in rows of tokens first to last, whose limit is the same. What they take
+  // of rows of tokens is number `base` and those that follow.
+  struct Stack {
+    int64_t across, first, last, base;
+    A limit;
+  };
+  std::vector<Stack> stacks;
 };
 
 // E: what the products multiply.
@@ -35,6 +42,7 @@ class Packing {
     packed.clear();
     if (weights_.shared() && length() >= kLeastRows) {
       across_ = int64_t(window().tiles.size()) * length() / window().tokens;
+      stack_tiles(kRows && weights_.has_larger_limits());
       if constexpr (kDepth > 1)
         pack_pairs<kRows>(packed);
       else
@@ -91,36 +99,59 @@ class Packing {
 
   // ---- what tiles above each other have in common ----
 
-  // Calls `work` for each tile of a row and for each displacement of a row of tokens, by planes and rows.
+  using Stack = typename PackingBuffers<A, E>::Stack;
+
+  // Tiles above each other are a stack, or those of them that have the same limit; of several these are powers of 8 apart.
+  void stack_tiles(bool several) {
+    const int64_t *const box = window().cls.box, rows = box[1];
+    b_.stacks.clear();
+    int64_t base = 0;
+    for (int64_t t = 0; t < across_; ++t)
+      for (int64_t first = 0, last; first < rows; first = last + 1) {
+        const auto level = [&](int64_t row) {
+          const Tile& tile = window().tiles[row * across_ + t];
+          return several && box[0] == 1 ? std::ilogb(weights_.limit(tile.first, tile.last) / weights_.limit()) / 3 : 0;
+        };
+        const int of_all = level(first);
+        for (last = first; last + 1 < rows && level(last + 1) == of_all;) ++last;
+        b_.stacks.push_back({t, first, last, base, std::ldexp(weights_.limit(), 3 * of_all)});
+        base += (2 * box[0] - 1) * displacements(b_.stacks.back());
+      }
+  }
+  int64_t displacements(const Stack& stack) const { return window().cls.box[1] + stack.last - stack.first; }  // in a plane
+
+  // Calls `work` for each stack and each displacement of a row of tokens from its tiles', by planes and rows.
   template <class Work>
   void for_each_displacement(const Work& work) const {
     const int64_t* const box = window().cls.box;
-    for (int64_t t = 0; t < across_; ++t)
+    for (const Stack& stack : b_.stacks)
       for (int64_t d0 = 1 - box[0]; d0 < box[0]; ++d0)
-        for (int64_t d1 = 1 - box[1]; d1 < box[1]; ++d1) work(t, d0, d1);
+        for (int64_t d1 = -stack.last; d1 < box[1] - stack.first; ++d1) work(stack, d0, d1);
   }
-  // Calls `work` for each tile: its number in the row (i0, i1).
+  // Calls `work(tile, i0, i1, stack, first)` for each tile of a row (i0, i1) of tokens. `first` is the number of the
+  // displacement of the first row of tokens; the others of the plane follow, and the next plane's are displacements(stack)
+  // farther on.
   template <class Work>
   void for_each_tile(const Work& work) const {
-    const Tile* tile = window().tiles.data();
-    for (int64_t i0 = 0; i0 < window().cls.box[0]; ++i0)
-      for (int64_t i1 = 0; i1 < window().cls.box[1]; ++i1)
-        for (int64_t t = 0; t < across_; ++t) work(*tile++, t, i0, i1);
-  }
-  // Which of these it is for a tile of the row (i0, i1) and the first row of tokens in plane j0; the others follow.
-  int64_t displacement(int64_t t, int64_t i0, int64_t i1, int64_t j0) const {
     const int64_t* const box = window().cls.box;
-    return (t * (2 * box[0] - 1) + j0 - i0 + box[0] - 1) * (2 * box[1] - 1) + box[1] - 1 - i1;
+    const Tile* tile = window().tiles.data();
+    for (int64_t i0 = 0; i0 < box[0]; ++i0)
+      for (int64_t i1 = 0; i1 < box[1]; ++i1)
+        for (const Stack& stack : b_.stacks)
+          if (stack.first <= i1 && i1 <= stack.last)
+            work(*tile++, i0, i1, stack, stack.base + (box[0] - 1 - i0) * displacements(stack) + stack.last - i1);
   }
 
   // Of a row of tokens, counted from the first one of the tile's row, calls `use(at, from, all_from, all_to, to)` for what
   // lies between the first and the last step that count, of each 64. From all_from to all_to others count than the tile's
   // first few rows or its last few ones. A step's weights are at `at - step`.
   template <class Use>
-  void for_each_stretch(const A* entries, int64_t t, int64_t d0, int64_t d1, const Use& use) const {
+  void for_each_stretch(const A* entries, const Stack& stack, int64_t d0, int64_t d1, const Use& use) const {
     const int64_t *box = window().cls.box, *place = window().place.data();
-    const int64_t own = std::max<int64_t>(0, -d0) * box[1] + std::max<int64_t>(0, -d1);  // a row that has another so far away
-    const Tile& tile = window().tiles[own * across_ + t];
+    const int64_t own = std::max<int64_t>(0, -d0) * box[1] + std::max(stack.first, -d1);  // a row that has another so far away
+    const Tile& tile = window().tiles[own * across_ + stack.across];
+    const Vec<A> limit = fill<Vec<A>>(stack.limit);
+    const auto counting = [=](const A* from) { return bits_where_not_within(magnitude(load<A>(from)), limit); };
     const int64_t rows = tile.rows(), few = pays_to_split() ? few_of(rows) : 0;
     const int64_t begin = (d0 * box[1] + d1) * length(), end = begin + length();
     const int64_t at = weights_.centre() + place[tile.first] - place[own * length() + begin] + begin;
@@ -152,15 +183,11 @@ class Packing {
       use(at, from, all_from, all_to, to);
     }
   }
-  // Which of a vector of entries count; NaN does.
-  uint64_t counting(const A* entries) const {
-    return bits_where_not_within(magnitude(load<A>(entries)), fill<Vec<A>>(weights_.limit()));
-  }
 
   void pack_runs(Packed<E>& packed) {
     const int64_t planes = window().cls.box[0], rows = window().cls.box[1];
     b_.marks.clear();
-    for_each_displacement([&](int64_t t, int64_t d0, int64_t d1) {
+    for_each_displacement([&](const Stack& stack, int64_t d0, int64_t d1) {
       b_.marks.push_back(packed.mark());
       packed.make_room(divide_up(length(), 64));
       const auto add = [&](int64_t at, int64_t from, int64_t all_from, int64_t all_to, int64_t to) {
@@ -168,15 +195,15 @@ class Packing {
         packed.add(kFirstRows, at - from, from * kPanelOf<A>, all_from - from, -1);
         packed.add(kLastRows, at - all_to, all_to * kPanelOf<A>, to - all_to, -1);
       };
-      for_each_stretch(packed.weights.data(), t, d0, d1, add);
+      for_each_stretch(packed.weights.data(), stack, d0, d1, add);
     });
     b_.marks.push_back(packed.mark());
-    for_each_tile([&](const Tile&, int64_t t, int64_t i0, int64_t i1) {
-      const Mark* marks = &b_.marks[displacement(t, i0, i1, 0)];
+    for_each_tile([&](const Tile&, int64_t i0, int64_t i1, const Stack& stack, int64_t first) {
+      const Mark* marks = &b_.marks[first];
       const int64_t row = (i0 * rows + i1) * length() * kPanelOf<A>;
       if (planes == 1) return end_tile(packed, marks[0], marks[rows], row);
       const Mark begin = packed.mark();
-      for (int64_t j0 = 0; j0 < planes; ++j0, marks += 2 * rows - 1) packed.repeat(marks[0], marks[rows]);
+      for (int64_t j0 = 0; j0 < planes; ++j0, marks += displacements(stack)) packed.repeat(marks[0], marks[rows]);
       end_tile(packed, begin, packed.mark(), row);
     });
   }
@@ -186,20 +213,20 @@ class Packing {
   void pack_pairs(Packed<E>& packed) {
     b_.stretches.clear();
     b_.begins.clear();
-    for_each_displacement([&](int64_t t, int64_t d0, int64_t d1) {
+    for_each_displacement([&](const Stack& stack, int64_t d0, int64_t d1) {
       b_.begins.push_back(int32_t(b_.stretches.size()));
-      for_each_stretch(b_.rounded.data(), t, d0, d1, [&](int64_t, int64_t from, int64_t, int64_t, int64_t to) {
+      for_each_stretch(b_.rounded.data(), stack, d0, d1, [&](int64_t, int64_t from, int64_t, int64_t, int64_t to) {
         b_.stretches.push_back({int32_t(from), int32_t(to)});
       });
     });
     b_.begins.push_back(int32_t(b_.stretches.size()));
-    for_each_tile([&](const Tile& tile, int64_t t, int64_t i0, int64_t i1) {
+    for_each_tile([&](const Tile& tile, int64_t i0, int64_t i1, const Stack& stack, int64_t first) {
       const int64_t *box = window().cls.box, own = (i0 * box[1] + i1) * length();
       const Mark begin = packed.mark();
       int64_t done = 0;  // steps
       for (int64_t j0 = 0; j0 < box[0]; ++j0)
         for (int64_t j1 = 0; j1 < box[1]; ++j1) {
-          const int32_t* const begins = &b_.begins[displacement(t, i0, i1, j0) + j1];
+          const int32_t* const begins = &b_.begins[first + j0 * displacements(stack) + j1];
           for (int32_t k = begins[0]; k < begins[1]; ++k)
             add_pairs<kRows>(packed, tile, (j0 * box[1] + j1) * length(), own + b_.stretches[k].from,
                              own + b_.stretches[k].to, done);

@@ -79,6 +79,7 @@ class Weights {
     centre_ = shape_.table_size() / 2;
     factored_ = table_ && !call_.matrix && weigh_table() && scale_rows();
     largest_scale_ = factored_ ? largest_of(b_.scale.data(), window.tokens) : 1;
+    smallest_scale_ = factored_ ? smallest_of(b_.scale.data(), window.tokens) : 1;
     shared_ = factored_ && largest_scale_ < kMostShared;
     if (!factored_) build_dense(group);
     find_limit();
@@ -95,7 +96,13 @@ class Weights {
   bool factored() const { return factored_; }
   // Whether products may read the table as it is: their results, or what they are given, lack the rows' scales.
   bool shared() const { return shared_; }
-  A limit() const { return limit_; }  // what weight_of must exceed to be packed
+  // What weight_of must exceed to be packed. Where sums of rows are of different orders, for the table's maximum lies far from
+  // its centre, some queries may leave out far more than that.
+  A limit() const { return limit_; }
+  bool has_larger_limits() const { return call_.softmax && shared_ && sure_limit(smallest_scale_) >= 8 * limit_; }
+  A limit(int64_t first, int64_t last) const {
+    return std::max(limit_, sure_limit(largest_of(b_.scale.data() + first, last - first)));
+  }
   // Whether all weights of a softmax are to be taken. They are where each is more than what must be exceeded. In a small
   // window they are too where that can be said of half of the table, which holds most of the pairs: to find the others
   // costs more than they do, and so do runs of many lengths, whose ends no processor foresees.
@@ -233,16 +240,19 @@ class Weights {
 
   // ---- what may be left out ----
 
+  // What each weight of a row of such a scale may be if all of them are as large.
+  A sure_limit(double scale) const { return A(negligible_ / double(window_->tokens) / scale); }
+
   // The largest of some that are tried with which no row leaves out too much; at least what all weights of a row may be at
   // once.
   void find_limit() {
     const double each = call_.softmax ? negligible_ / double(window_->tokens) : 0;
-    limit_ = A(shared_ ? each / largest_scale_ : each);
+    limit_ = shared_ && call_.softmax ? sure_limit(largest_scale_) : A(each);
     if (!shared_ || !call_.softmax) return;
     A candidates[kCandidates];
     int count = 0;
     if (half_)
-      candidates[count++] = A(each / std::sqrt(largest_scale_ * smallest_of(b_.scale.data(), window_->tokens)));
+      candidates[count++] = sure_limit(std::sqrt(largest_scale_ * smallest_scale_));
     else if (window_->tokens > kFewTokens)
       count = find_candidates(candidates);
     for (int k = count; k-- > 0;)
@@ -339,7 +349,7 @@ class Weights {
   const A* table_ = nullptr;  // of the group at hand
   int64_t centre_ = 0;
   const double* row_sums_ = nullptr;      // of a softmax: of the box that begins at each entry
-  double largest_scale_ = 1, least_ = 0;  // least_: of a softmax's weights
+  double largest_scale_ = 1, smallest_scale_ = 1, least_ = 0;  // least_: of a softmax's weights
   A limit_ = 0;
   bool factored_ = false, shared_ = false;
 };
