@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+_TOUCHED = 768 << 20  # bytes: more than any contender holds at a time
 _BURST = 0.02  # seconds that a contender keeps in a round, so that short ones get as warm as long ones
 
 
@@ -127,14 +128,17 @@ def summary(rates: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]
 
 
 def keep_memory() -> None:
-    """Have glibc serve all that this process asks for from a heap that it never gives back (mallopt(3)).
+    """Have glibc serve all that this process asks for from a heap that it never gives back (mallopt(3)), and
+    whose pages are there from the start.
 
     Otherwise blocks of more than 32 MB are mapped anew every time, and smaller ones when the heap happens to
-    have been trimmed: page faults that come and go with what ran before, and can take as long as a gate.
+    have been trimmed, or grows for the first case: page faults that come and go with what ran before, and can
+    take as long as a gate.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         for threshold in (_TRIM_THRESHOLD, _MMAP_THRESHOLD):
             libc.mallopt(threshold, 2**30)
+        torch.zeros(_TOUCHED, dtype=torch.uint8)
 
 
 def peak_memory(build: Callable[..., Callable[[], object]], *arguments: object) -> int | None:

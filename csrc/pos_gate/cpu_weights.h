@@ -10,8 +10,8 @@
 //
 // Under softmax the weights of a row that are packed sum to 1 but for eps / 2 at most, as much as rounding a result once
 // may take: for a Gaussian half of a window of 14 and three quarters of one of 24 are the others. One limit, which a weight
-// must exceed to be packed, serves all rows of a group, so that all tiles find the same where they look equally far. Of
-// maps in half precision, whose eps is large, it is eps / 8, and about what it is if all of a row were as large: what is
+// must exceed to be packed, serves all rows of a group whose sums are of one order, so that tiles find the same where they
+// look equally far. Of maps in half precision, whose eps is large, it is eps / 8, and about what it is if all of a row were as large: what is
 // left out, always far weights, is seen in the table's gradients, which are in single.
 // No include guard: every instruction set compiles this text anew, inside its own namespace and target options.
 
