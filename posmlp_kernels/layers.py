@@ -156,7 +156,8 @@ class PosSGU(nn.Module):
     def run_compiled(self, x: Tensor, table: Tensor | None) -> Tensor:
         """`forward` of a map, given the table, by the CPU's op at once: what keeps its memory safe is
         checked."""
-        settings = ops.settings_without_norm(self.window, self.shift, self.softmax, self.activation)
+        window, shift = tuple(self.window), tuple(self.shift)  # lists, if set anew
+        settings = ops.settings_without_norm(window, shift, self.softmax, self.activation)
         inputs = (x, table, self.bias, self.matrix, None, None)
         if torch.is_grad_enabled():
             return ops.run_with("cpu", inputs, settings)

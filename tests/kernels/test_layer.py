@@ -357,3 +357,13 @@ def test_inference_raises_what_training_does():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             assert space(torch.randn(1, 3, 2, 2, 2, 16)).shape == (1, 3, 2, 2, 2, 8)
+
+
+def test_settings_may_be_set_anew_as_lists():
+    layer, x = PosSGU(8, 3, groups=2).eval(), torch.randn(1, 6, 6, 8)
+    shifted = PosSGU(8, 3, groups=2, shift=1).eval()
+    shifted.load_state_dict(layer.state_dict())
+    layer.window, layer.shift = [3, 3], [1, 1]
+    with torch.no_grad():
+        assert torch.equal(layer(x), shifted(x))
+    assert torch.equal(layer.train()(x), shifted.train()(x))
