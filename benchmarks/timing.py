@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-_TOUCHED = 768 << 20  # bytes: more than any contender holds at a time
+_TOUCHED = 768 << 20  # bytes: more than a forward and backward of any case holds
 _BURST = 0.02  # seconds that a contender keeps in a round, so that short ones get as warm as long ones
 
 

@@ -42,7 +42,7 @@ class Packing {
     packed.clear();
     if (weights_.shared() && length() >= kLeastRows) {
       across_ = int64_t(window().tiles.size()) * length() / window().tokens;
-      stack_tiles(kRows && weights_.has_larger_limits());
+      stack_tiles(kRows && window().cls.box[0] == 1 && weights_.has_levels());
       if constexpr (kDepth > 1)
         pack_pairs<kRows>(packed);
       else
@@ -101,20 +101,20 @@ class Packing {
 
   using Stack = typename PackingBuffers<A, E>::Stack;
 
-  // Tiles above each other are a stack, or those of them that have the same limit; of several these are powers of 8 apart.
-  void stack_tiles(bool several) {
+  // Tiles above each other are a stack; by levels, those that follow each other on the same one.
+  void stack_tiles(bool by_levels) {
     const int64_t *const box = window().cls.box, rows = box[1];
     b_.stacks.clear();
     int64_t base = 0;
     for (int64_t t = 0; t < across_; ++t)
       for (int64_t first = 0, last; first < rows; first = last + 1) {
-        const auto level = [&](int64_t row) {
+        const auto level_of = [&](int64_t row) {
           const Tile& tile = window().tiles[row * across_ + t];
-          return several && box[0] == 1 ? std::ilogb(weights_.limit(tile.first, tile.last) / weights_.limit()) / 3 : 0;
+          return by_levels ? weights_.level(tile.first, tile.last) : 0;
         };
-        const int of_all = level(first);
-        for (last = first; last + 1 < rows && level(last + 1) == of_all;) ++last;
-        b_.stacks.push_back({t, first, last, base, std::ldexp(weights_.limit(), 3 * of_all)});
+        const int level = level_of(first);
+        for (last = first; last + 1 < rows && level_of(last + 1) == level;) ++last;
+        b_.stacks.push_back({t, first, last, base, weights_.limit(level)});
         base += (2 * box[0] - 1) * displacements(b_.stacks.back());
       }
   }

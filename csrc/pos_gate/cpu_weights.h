@@ -11,8 +11,8 @@
 // Under softmax the weights of a row that are packed sum to 1 but for eps / 2 at most, as much as rounding a result once
 // may take: for a Gaussian half of a window of 14 and three quarters of one of 24 are the others. One limit, which a weight
 // must exceed to be packed, serves all rows of a group whose sums are of one order, so that tiles find the same where they
-// look equally far. Of maps in half precision, whose eps is large, it is eps / 8, and about what it is if all of a row were as large: what is
-// left out, always far weights, is seen in the table's gradients, which are in single.
+// look equally far. Of maps in half precision, whose eps is large, it is eps / 8, and a limit about as if all of a row were as
+// large: what is left out, always far weights, is seen in the table's gradients, which are in single.
 // No include guard: every instruction set compiles this text anew, inside its own namespace and target options.
 
 constexpr int kDoubles = VectorOf<double>::kLanes;
@@ -97,11 +97,12 @@ class Weights {
   // Whether products may read the table as it is: their results, or what they are given, lack the rows' scales.
   bool shared() const { return shared_; }
   // What weight_of must exceed to be packed. Where sums of rows are of different orders, for the table's maximum lies far from
-  // its centre, some queries may leave out far more than that.
+  // its centre, some queries may leave out far more: theirs is of a higher level, of which each is 8 times the one below.
   A limit() const { return limit_; }
-  bool has_larger_limits() const { return call_.softmax && shared_ && sure_limit(smallest_scale_) >= 8 * limit_; }
-  A limit(int64_t first, int64_t last) const {
-    return std::max(limit_, sure_limit(largest_of(b_.scale.data() + first, last - first)));
+  A limit(int level) const { return std::ldexp(limit_, kLevelBits * level); }
+  bool has_levels() const { return call_.softmax && shared_ && sure_limit(smallest_scale_) >= limit(1); }
+  int level(int64_t first, int64_t last) const {  // of some queries together
+    return std::max(0, std::ilogb(sure_limit(largest_of(b_.scale.data() + first, last - first)) / limit_) / kLevelBits);
   }
   // Whether all weights of a softmax are to be taken. They are where each is more than what must be exceeded. In a small
   // window they are too where that can be said of half of the table, which holds most of the pairs: to find the others
@@ -167,6 +168,7 @@ class Weights {
   }
 
  private:
+  static constexpr int kLevelBits = 3;
   static constexpr int64_t kFewTokens = 64;  // of windows in which hardly a weight is negligible
   // Of a scale: beyond it products of unscaled weights with small tokens would be flushed as subnormals.
   static constexpr double kMostShared = 1e12;
