@@ -60,10 +60,53 @@ inline ActivationValue<V> gelu_by_ratio(V x) {
   return {(x > 0 ? x : V{}) - a * q, x < 0 ? slope : 1. - slope};
 }
 
+#ifdef POSMLP_LOOKUP
+// With AVX-512. Every multiplication is one of a sum rounded once, and says so: compilers see to that in some of the places
+// where this is inlined, and not in others. A full mask, for without one GCC 12 warns of its own headers.
+constexpr __mmask16 kAllLanes = 0xffff;
+
+// A polynomial of t, whose coefficients each lane looks up for its own piece: the last four bits of `piece`.
+inline __m512 look_up(const float (&power)[GeluPieces::kDegree + 1][GeluPieces::kPieces], __m512i piece, __m512 t) {
+  const auto coefficient = [&](int n) __attribute__((always_inline)) {
+    return _mm512_maskz_permutexvar_ps(kAllLanes, piece, _mm512_load_ps(power[n]));
+  };
+  __m512 sum = coefficient(GeluPieces::kDegree);
+  POSMLP_UNROLL for (int n = GeluPieces::kDegree - 1; n >= 0; --n) sum = _mm512_fmadd_ps(sum, t, coefficient(n));
+  return sum;
+}
+// GELU in single as max(x, 0) - a Q(a), a = |x| and Q = 1 - Phi, which cancels nowhere. Q is a polynomial for each of 16
+// pieces of the line, and so is the slope: half the multiplications of a power.
+inline ActivationValue<Vec<float>> gelu_by_pieces(Vec<float> lanes) {
+  constexpr int kSmallerMagnitude = 0b1010;  // without a sign
+  const __m512 x = (__m512)lanes, end = _mm512_set1_ps(GeluPieces::kEnd), per_unit = _mm512_set1_ps(GeluPieces::kPerUnit);
+  const __m512 round = _mm512_set1_ps(12582912.f);  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+  const __m512 a = _mm512_maskz_range_ps(kAllLanes, x, end, kSmallerMagnitude);
+  const __m512 shifted = _mm512_fmadd_ps(a, per_unit, round), t = _mm512_fmsub_ps(a, per_unit, shifted - round);
+  const __m512i piece = _mm512_castps_si512(shifted);
+  const __m512 tail = look_up(kGeluPieces.tail, piece, t), above_half = look_up(kGeluPieces.slope, piece, t);
+  const __m512 positive = _mm512_maskz_max_ps(kAllLanes, __m512{}, x);  // or NaN, which this takes from its second
+  const __m512 slope = 0.5f + _mm512_xor_ps(above_half, _mm512_and_ps(x, _mm512_set1_ps(-0.f)));
+  return {(Vec<float>)_mm512_fnmadd_ps(a, tail, positive), (Vec<float>)(x == x ? slope : x)};
+}
+template <class V>  // a part of a register, whose other lanes do not matter
+inline ActivationValue<V> gelu_by_pieces(V x) {
+  __m512 wide{};
+  if constexpr (sizeof x == 32) wide = _mm512_castps256_ps512((__m256)x);
+  else if constexpr (sizeof x == 16) wide = _mm512_castps128_ps512((__m128)x);
+  else __builtin_memcpy(&wide, &x, sizeof x);
+  const auto y = gelu_by_pieces((Vec<float>)wide);
+  return {part_of<V, 0>(y.value), part_of<V, 0>(y.slope)};
+}
+#endif
+
 template <class V>
 inline ActivationValue<V> gelu_with_slope(V x) {
-  if constexpr (std::is_same_v<ElementOf<V>, float>) return gelu_by_power(x);
-  else return gelu_by_ratio(x);
+  if constexpr (std::is_same_v<ElementOf<V>, double>) return gelu_by_ratio(x);
+#ifdef POSMLP_LOOKUP
+  else return gelu_by_pieces(x);
+#else
+  else return gelu_by_power(x);
+#endif
 }
 template <class V>
 inline V gelu(V x) {

@@ -4,6 +4,7 @@
 
 #ifdef POSMLP_X86_BF16_KERNELS
 
+#include "cpu_gelu_pieces.h"
 #include "cpu_includes.h"
 #ifdef POSMLP_AMX_EMULATED
 #include "amx_emulator.h"  // of the tests: the tile registers in software
@@ -11,6 +12,7 @@
 
 #define POSMLP_F16C        // conversions of float16
 #define POSMLP_LANE_MASKS  // loads and stores of a vector's first lanes
+#define POSMLP_LOOKUP      // among the numbers of a register
 #define POSMLP_KEEP(v) __asm__("" : "+v"(v))
 #define POSMLP_BF16_DOT    // products and conversions of bfloat16
 #define POSMLP_AMX         // products of tiles of bfloat16

@@ -3,6 +3,7 @@
 
 #ifdef POSMLP_X86_BF16_KERNELS
 
+#include "cpu_gelu_pieces.h"
 #include "cpu_includes.h"
 
 // Where one vector is not within another as bits of an integer, of lanes of 4 or 8 bytes.
@@ -11,6 +12,7 @@
                         : _mm512_cmp_pd_mask((__m512d)(a), (__m512d)(b), _CMP_NLE_UQ))
 #define POSMLP_F16C        // conversions of float16
 #define POSMLP_LANE_MASKS  // loads and stores of a vector's first lanes
+#define POSMLP_LOOKUP      // among the numbers of a register
 #define POSMLP_KEEP(v) __asm__("" : "+v"(v))
 #define POSMLP_BF16_DOT    // products and conversions of bfloat16
 
