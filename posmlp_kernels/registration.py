@@ -79,7 +79,8 @@ class Operator:
             # There Dynamo takes every requires_grad for False and would trace a gradient of zeros.
             torch._dynamo.graph_break()
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-            return _Forward.apply(self, backend, *inputs, *settings)
+            transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+            return (_Forward if transformed else _PlainForward).apply(self, backend, *inputs, *settings)
         return self.overloads(backend)[0](*inputs, *settings)
 
     def reference_backward(
@@ -127,6 +128,19 @@ class _Forward(torch.autograd.Function):
             gradients = operator.overloads(ctx.backend)[1](*args)
         gradients = tuple(g if need else None for g, need in zip(gradients, needs, strict=True))
         return None, None, *gradients, *(None,) * len(ctx.settings)
+
+
+class _PlainForward(torch.autograd.Function):
+    """The same for whom no transform of functions asks: `apply` need not bind its arguments then, which takes
+    longer than all else that Python does for a gate."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _Forward.forward(*inputs)
+        _Forward.setup_context(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_Forward.backward)
 
 
 class _Backward(torch.autograd.Function):

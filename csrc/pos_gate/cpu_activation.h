@@ -60,10 +60,9 @@ inline ActivationValue<V> gelu_by_ratio(V x) {
   return {(x > 0 ? x : V{}) - a * q, x < 0 ? slope : 1. - slope};
 }
 
-#ifdef POSMLP_LOOKUP
+#ifdef POSMLP_AVX512
 // With AVX-512. Every multiplication is one of a sum rounded once, and says so: compilers see to that in some of the places
-// where this is inlined, and not in others. A full mask, for without one GCC 12 warns of its own headers.
-constexpr __mmask16 kAllLanes = 0xffff;
+// where this is inlined, and not in others.
 
 // A polynomial of t, whose coefficients each lane looks up for its own piece: the last four bits of `piece`.
 inline __m512 look_up(const float (&power)[GeluPieces::kDegree + 1][GeluPieces::kPieces], __m512i piece, __m512 t) {
@@ -102,7 +101,7 @@ inline ActivationValue<V> gelu_by_pieces(V x) {
 template <class V>
 inline ActivationValue<V> gelu_with_slope(V x) {
   if constexpr (std::is_same_v<ElementOf<V>, double>) return gelu_by_ratio(x);
-#ifdef POSMLP_LOOKUP
+#ifdef POSMLP_AVX512
   else return gelu_by_pieces(x);
 #else
   else return gelu_by_power(x);
@@ -145,10 +144,10 @@ inline ActivationValue<V> activated_with_slope(V x) {
   if constexpr (kActivation == Activation::gelu) return gelu_with_slope(x);
   if constexpr (kActivation == Activation::gelu_tanh) return gelu_tanh(x);
 }
-// *value = act(x), and *slope = act'(x) if it is wanted; `lanes` of them.
+// *value = act(x), and *slope = act'(x) if it is wanted and not 1 everywhere; `lanes` of them.
 template <Activation kActivation, class L, class V>
 inline void store_activated(L lanes, V x, ElementOf<V>* value, ElementOf<V>* slope) {
-  if (!slope) return store_as(lanes, value, activated<kActivation>(x));
+  if (kActivation == Activation::none || !slope) return store_as(lanes, value, activated<kActivation>(x));
   const auto y = activated_with_slope<kActivation>(x);
   store_as(lanes, value, y.value);
   store_as(lanes, slope, y.slope);

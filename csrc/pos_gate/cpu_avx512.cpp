@@ -12,7 +12,7 @@
                         : _mm512_cmp_pd_mask((__m512d)(a), (__m512d)(b), _CMP_NLE_UQ))
 #define POSMLP_F16C        // conversions of float16
 #define POSMLP_LANE_MASKS  // loads and stores of a vector's first lanes
-#define POSMLP_LOOKUP      // among the numbers of a register
+#define POSMLP_AVX512      // intrinsics, where compilers do not find them
 #define POSMLP_KEEP(v) __asm__("" : "+v"(v))
 
 #ifdef __clang__

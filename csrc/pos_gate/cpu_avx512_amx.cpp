@@ -12,7 +12,7 @@
 
 #define POSMLP_F16C        // conversions of float16
 #define POSMLP_LANE_MASKS  // loads and stores of a vector's first lanes
-#define POSMLP_LOOKUP      // among the numbers of a register
+#define POSMLP_AVX512      // intrinsics, where compilers do not find them
 #define POSMLP_KEEP(v) __asm__("" : "+v"(v))
 #define POSMLP_BF16_DOT    // products and conversions of bfloat16
 #define POSMLP_AMX         // products of tiles of bfloat16

@@ -173,7 +173,6 @@ class Gate {
     want_x2_and_gradients(window, panel_);
     wanted_.then();
     if (through) want_dx1(window);
-    const auto add_rows = [&](const Tile& tile) { add_row_sums(tile, to_du + tile.first * kPanel); };
     with_constant(call_.activation, [&](auto activation) {
       if constexpr (Products<T>::template kMayPassThrough<activation>) {
         const auto pass = [&](auto seating) {
@@ -182,19 +181,20 @@ class Gate {
           const auto way_out = [&](const Tile& tile) {
             const int64_t first = tile.first;
             const A *bias = &workspace_.bias[first], *scale = &group_->scale[first], *mean = mean_;
-            A *du = to_du + first * kPanel, *to_y = products_.done;
-            return [=, x2 = x2_seats.from(first), dz = dz_seats.from(first), dx2 = dx2_seats.from(first)](
-                       int64_t k, int v, Vec<A> y) __attribute__((always_inline)) {
+            A* to = to_du + first * kPanel;
+            return [=, x2 = x2_seats.from(first), dz = dz_seats.from(first), dx2 = dx2_seats.from(first),
+                    row_sums = row_sums_from(first)](int64_t k, int v, Vec<A> y) mutable __attribute__((always_inline)) {
               const int64_t at = k * kPanel + v * kLanes;
               const auto gradient = dz.load(k, v);
               const auto gate = activated_with_slope<activation>(x2.load(k, v));
               const auto sum = y * scale[k] + bias[k] + load<A>(mean + v * kLanes);
+              const auto du = gradient * gate.value * scale[k];
               dx2.store(k, v, gradient * sum * gate.slope);
-              store(du + at, gradient * gate.value * scale[k]);
-              store(to_y + at, y);
+              store(to + at, du);
+              row_sums.add(k, v, du, y);
             };
           };
-          products_.multiply_through(window, group_->rows, x1_, way_out, add_rows);
+          products_.multiply_through(window, group_->rows, x1_, way_out);
         };
         if (through && with_seating<A>(panel_, pass)) return;
       }
@@ -212,7 +212,15 @@ class Gate {
           store_as(lanes, du + k * kPanel + c, gradient * gate.value * scale[k]);
         });
       };
-      products_.multiply_panel(window, group_->rows, x1_, finish, add_rows);
+      products_.multiply_panel(window, group_->rows, x1_, finish, [&](const Tile& tile) {
+        auto sums = row_sums_from(tile.first);
+        const A* const du = to_du + tile.first * kPanel;
+        for (int64_t k = 0; k < tile.rows(); ++k)
+          for (int v = 0; v < kTileVectors; ++v) {
+            const int64_t at = k * kPanel + v * kLanes;
+            sums.add(k, v, load<A>(du + at), load<A>(products_.done + at));
+          }
+      });
     });
   }
 
@@ -383,11 +391,16 @@ class Gate {
     }
   }
 
-  void add_row_sums(const Tile& tile, const A* du) {
-    if (call_.dbias_parts) workspace_.bias_sums.add(tile, [=](int64_t at) { return load<A>(du + at); });
-    if (table_gradient_ && call_.softmax && call_.dtable_parts)
-      workspace_.dots.add(tile, [=](int64_t at) { return load<A>(du + at) * load<A>(products_.done + at); });
-  }
+  // Of each row of a panel what the bias's gradient wants, the sum of dU, and what a table's does, that of dU * Y.
+  struct PanelRowSums {
+    typename RowSums<A>::Rows of_du, of_products;
+
+    __attribute__((always_inline)) void add(int64_t k, int vector, Vec<A> du, Vec<A> y) {
+      of_du.add(k, vector, du);
+      of_products.add(k, vector, du * y);
+    }
+  };
+  PanelRowSums row_sums_from(int64_t token) { return {{workspace_.bias_sums, token}, {workspace_.dots, token}}; }
   void store_bias_gradient(const Window& window, int64_t unit) const {
     A* part = static_cast<A*>(call_.dbias_parts) + unit * shape_.window_tokens();
     for (int64_t k = 0; k < window.tokens; ++k)

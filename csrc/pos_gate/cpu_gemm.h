@@ -156,7 +156,7 @@ __attribute__((noinline)) void multiply_tile(const TileRuns& runs, const E* all_
     if (last_begin < last_end) add(std::integral_constant<int, kRows - kFew>(), all, last_begin, last_end);
   }
   wanted.queue = queue;
-  const Out way_out = out;  // a copy, which compilers know that no store changes
+  Out way_out = out;  // a copy, which compilers know that no store changes
   POSMLP_UNROLL for (int r = 0; r < kRows; ++r) {
     if constexpr (std::is_pointer_v<Out>) {
       POSMLP_UNROLL for (int v = 0; v < kVectors; ++v) store(way_out + r * kPanel + v * kLanes, sums[r][v]);

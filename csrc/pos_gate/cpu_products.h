@@ -15,8 +15,7 @@ class Products {
   static constexpr bool kMayPassThrough = std::is_same_v<T, float> && std::is_same_v<E, A> &&
                                           kActivation != Activation::gelu_tanh;
 
-  // Tiles [kTileRows, kPanel]: the one at hand, and the one before it or, of sums that passed through registers, itself. And
-  // room for a panel of pairs.
+  // Tiles [kTileRows, kPanel]: the one at hand, and the one before it. And room for a panel of pairs.
   A *y = nullptr, *done = nullptr;
   E* factor = nullptr;
 
@@ -57,9 +56,8 @@ class Products {
   // That for a panel with seats, whose sums go where they belong straight from the registers: `way_out(tile)` is what
   // multiply_tile calls. By then the rows must be there, so that they are asked for a tile ahead, and those of the first tile
   // while the last one of another product is multiplied.
-  template <class WayOut, class FinishRows = void (*)(const Tile&)>
-  void multiply_through(const Window& window, const Packed<E>& weights, const A* panel, const WayOut& way_out,
-                        FinishRows&& finish_rows = [](const Tile&) {}) {
+  template <class WayOut>
+  void multiply_through(const Window& window, const Packed<E>& weights, const A* panel, const WayOut& way_out) {
     using Out = decltype(way_out(window.tiles[0]));
     const size_t count = window.tiles.size();
     for (size_t i = 0; i < count; ++i) {
@@ -69,7 +67,6 @@ class Products {
       wanted_.begin_tile(window.tiles[last ? 0 : i + 1], runs.steps, last);
       kernel_for<Out>(window, weights, tile)(runs, weights.weights.data(), panel + runs.row, way_out(tile), wanted_);
       wanted_.end_tile();
-      finish_rows(tile);
     }
   }
   // Whether to do so: where no sum is one of short sums, and no tile lower than the products'.

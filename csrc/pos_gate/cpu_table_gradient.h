@@ -19,18 +19,20 @@ class RowSums {
  public:
   void clear(int64_t tokens) { totals_.assign(tokens * kLanes, 0.); }
 
-  // A panel's part for a tile's tokens; `term(at)` is a vector of what is summed, from at = row * kPanel + column on.
-  template <class Term>
-  void add(const Tile& tile, const Term& term) {
-    for (int64_t k = 0; k < tile.rows(); ++k) {
-      Vec<A> sum = term(k * kPanelOf<A>);
-      for (int64_t c = kLanes; c < kPanelOf<A>; c += kLanes) sum += term(k * kPanelOf<A> + c);
-      A lanes[kLanes];
-      store(lanes, sum);
-      double* total = &totals_[(tile.first + k) * kLanes];
-      for (int l = 0; l < kLanes; l += kDoubles) store(total + l, load<double>(total + l) + load_wide(lanes + l));
+  // A panel's part for the tokens from `token` on, one by one: the sum of its vectors, which are given in turn.
+  class Rows {
+   public:
+    Rows(RowSums& sums, int64_t token) : totals_(&sums.totals_[token * kLanes]) {}
+
+    __attribute__((always_inline)) void add(int64_t k, int vector, Vec<A> term) {
+      sum_ = vector == 0 ? term : sum_ + term;
+      if (vector + 1 == kTileVectors) add_wide<A>(totals_ + k * kLanes, sum_);
     }
-  }
+
+   private:
+    double* totals_;
+    Vec<A> sum_{};
+  };
   double of(int64_t k) const { return std::accumulate(&totals_[k * kLanes], &totals_[k * kLanes] + kLanes, 0.); }
 
  private:
@@ -118,11 +120,7 @@ __attribute__((noinline)) void correlate_tiles(const A* left, const A* right, co
         totals[sum] += sums[0][sum];
       }
     }
-  for (int first = 0; first < kSums; first += kLanes, to += kLanes) {
-    A each[kLanes];
-    store(each, sum_of_each<A>(totals + first));
-    for (int d = 0; d < kLanes; d += kDoubles) store(to + d, load<double>(to + d) + load_wide(each + d));
-  }
+  for (int first = 0; first < kSums; first += kLanes, to += kLanes) add_wide<A>(to, sum_of_each<A>(totals + first));
 }
 template <class A>
 using Correlate = void (*)(const A*, const A*, const TilePairs&, int64_t, double*);

@@ -67,19 +67,38 @@ template <class H, int kPart, class V>
 inline H part_of(V v) {
   return part_of<H, kPart>(v, std::make_integer_sequence<int, kLanesOf<H>>());
 }
-// A vector of doubles, rounded once.
+#ifdef POSMLP_AVX512
+constexpr __mmask16 kAllLanes = 0xffff;  // without a mask GCC 12 warns of its own headers
+#endif
+// From and to vectors of doubles, rounded once. GCC 12 by itself converts a quarter of a register at a time.
 template <class A>
-inline void store_rounded(A* p, DoubleVec v) {
-  typedef A Rounded __attribute__((vector_size(kVectorBytes / sizeof(double) * sizeof(A))));
-  const Rounded rounded = __builtin_convertvector(v, Rounded);
-  __builtin_memcpy(p, &rounded, sizeof rounded);
+using Narrow = Vec<A, VectorOf<double>::kLanes>;
+template <class A>
+inline DoubleVec widened(Narrow<A> v) {
+#ifdef POSMLP_AVX512
+  if constexpr (std::is_same_v<A, float>) return (DoubleVec)_mm512_maskz_cvtps_pd(__mmask8(kAllLanes), (__m256)v);
+#endif
+  return __builtin_convertvector(v, DoubleVec);
 }
 template <class A>
-inline DoubleVec load_wide(const A* p) {
-  typedef A Narrow __attribute__((vector_size(kVectorBytes / sizeof(double) * sizeof(A))));
-  Narrow v;
-  __builtin_memcpy(&v, p, sizeof v);
-  return __builtin_convertvector(v, DoubleVec);
+inline Narrow<A> narrowed(DoubleVec v) {
+#ifdef POSMLP_AVX512
+  if constexpr (std::is_same_v<A, float>) return (Narrow<A>)_mm512_maskz_cvtpd_ps(__mmask8(kAllLanes), (__m512d)v);
+#endif
+  return __builtin_convertvector(v, Narrow<A>);
+}
+template <class A>
+inline void store_rounded(A* p, DoubleVec v) { store(p, narrowed<A>(v)); }
+template <class A>
+inline DoubleVec load_wide(const A* p) { return widened<A>(load<A, VectorOf<double>::kLanes>(p)); }
+// to[k] += v[k], in double.
+template <class A>
+inline void add_wide(double* to, Vec<A> v) {
+  store(to, load<double>(to) + widened<A>(part_of<Narrow<A>, 0>(v)));
+  if constexpr (sizeof(Narrow<A>) < sizeof v) {
+    to += VectorOf<double>::kLanes;
+    store(to, load<double>(to) + widened<A>(part_of<Narrow<A>, 1>(v)));
+  }
 }
 template <class V>
 inline V fill(ElementOf<V> a) {
