@@ -1,22 +1,10 @@
 // The arguments of gqpe_table and its backward as every compiled back end reads them: contract checks and geometry.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
-
-#include <vector>
-
+#include "../tensors.h"
 #include "table.h"
 
 namespace posmlp::gqpe {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Sizes = std::vector<int64_t>;
-
-inline Sizes sizes_of(const Tensor& tensor) { return Sizes(tensor.sizes().begin(), tensor.sizes().end()); }
 
 struct Arguments {
   Tensor center, factor;
@@ -27,7 +15,7 @@ struct Arguments {
   bool is_double;
 
   Arguments(const Tensor& c, const Tensor& m, const Sizes& window)
-      : center(torch::stable::contiguous(c)), factor(torch::stable::contiguous(m)), rank(int(window.size())) {
+      : center(as_contiguous(c)), factor(as_contiguous(m)), rank(int(window.size())) {
     STD_TORCH_CHECK(rank >= 1 && rank <= kRank, "gqpe_table: window must have 1 to 3 sizes, got ", rank);
     STD_TORCH_CHECK(center.dim() == 2 && center.size(1) == rank, "gqpe_table: center must be [S, ", rank, "]");
     group.rank = rank;
@@ -52,7 +40,7 @@ struct Arguments {
     STD_TORCH_CHECK(dtable.device() == center.device() && sizes_of(dtable) == table_sizes &&
                         dtable.scalar_type() == center.scalar_type(),
                     "gqpe_table_backward: dtable must have the table's shape, dtype and device");
-    return torch::stable::contiguous(dtable);
+    return as_contiguous(dtable);
   }
 };
 

@@ -37,7 +37,7 @@ void dispatch(const Arguments& a, Run run) {
 
 Tensor forward(const Tensor& center, const Tensor& factor, const Sizes& window) {
   const Arguments a(center, factor, window);
-  Tensor result = torch::stable::new_empty(a.center, a.table_sizes);
+  Tensor result = new_tensor(a.center, a.table_sizes);
   dispatch(a, [&](auto zero) {
     using T = decltype(zero);
     T* out = static_cast<T*>(result.mutable_data_ptr());
@@ -50,8 +50,8 @@ std::tuple<Tensor, Tensor> backward(const Tensor& dtable, const Tensor& center, 
                                     const Sizes& window) {
   const Arguments a(center, factor, window);
   const Tensor gradient = a.gradient(dtable);
-  Tensor dcenter = torch::stable::new_empty(a.center, sizes_of(center));
-  Tensor dfactor = torch::stable::new_empty(a.center, sizes_of(factor));
+  Tensor dcenter = new_tensor(a.center, sizes_of(center));
+  Tensor dfactor = new_tensor(a.center, sizes_of(factor));
   dispatch(a, [&](auto zero) {
     using T = decltype(zero);
     const T* in = static_cast<const T*>(gradient.const_data_ptr());

@@ -10,9 +10,6 @@
 namespace posmlp::cuda {
 namespace {
 
-using gqpe::ScalarType;
-using gqpe::Sizes;
-using gqpe::Tensor;
 
 template <class A>
 TableCall<A> call_of(const gqpe::Arguments& a) {
@@ -47,7 +44,7 @@ void run_backward(const gqpe::Arguments& a, const Tensor& dtable, const Tensor& 
 
 Tensor gqpe_table(const Tensor& center, const Tensor& factor, const Sizes& window) {
   const gqpe::Arguments a(center, factor, window);
-  const Tensor table = torch::stable::new_empty(a.center, a.table_sizes);
+  const Tensor table = new_tensor(a.center, a.table_sizes);
   a.is_double ? run_forward<double>(a, table) : run_forward<float>(a, table);
   return table;
 }
@@ -56,8 +53,8 @@ std::tuple<Tensor, Tensor> gqpe_table_backward(const Tensor& dtable, const Tenso
                                                const Sizes& window) {
   const gqpe::Arguments a(center, factor, window);
   const Tensor gradient = a.gradient(dtable);
-  const Tensor dcenter = torch::stable::new_empty(a.center, gqpe::sizes_of(center));
-  const Tensor dfactor = torch::stable::new_empty(a.center, gqpe::sizes_of(factor));
+  const Tensor dcenter = new_tensor(a.center, sizes_of(center));
+  const Tensor dfactor = new_tensor(a.center, sizes_of(factor));
   a.is_double ? run_backward<double>(a, gradient, dcenter, dfactor)
               : run_backward<float>(a, gradient, dcenter, dfactor);
   return {dcenter, dfactor};

@@ -4,23 +4,16 @@
 // the bare ops from reading out of bounds. The parameters come in the accumulation type.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
-
 #include <optional>
 #include <string>
 #include <vector>
 
+#include "../tensors.h"
 #include "shape.h"
 
 namespace posmlp {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
-using Sizes = std::vector<int64_t>;
 
 inline View view_of(const Tensor& tensor) {
   View view;
@@ -31,10 +24,8 @@ inline View view_of(const Tensor& tensor) {
 }
 
 inline Tensor with_contiguous_channels(const Tensor& tensor) {
-  return tensor.stride(tensor.dim() - 1) == 1 ? tensor : torch::stable::contiguous(tensor);
+  return tensor.stride(tensor.dim() - 1) == 1 ? tensor : as_contiguous(tensor);
 }
-
-inline Sizes sizes_of(const Tensor& tensor) { return Sizes(tensor.sizes().begin(), tensor.sizes().end()); }
 
 class Arguments {
  public:
@@ -94,7 +85,7 @@ class Arguments {
   }
 
   Tensor workspace(const Sizes& sizes) const {
-    return torch::stable::new_empty(x, sizes, std::make_optional(parameter_type));
+    return new_tensor(x, sizes, parameter_type == ScalarType::Double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32());
   }
 
  private:
@@ -124,7 +115,7 @@ class Arguments {
     STD_TORCH_CHECK(tensor->scalar_type() == parameter_type, "pos_gate: ", name, " must be in the accumulation type");
     STD_TORCH_CHECK(tensor->numel() == count, "pos_gate: ", name, " must have ", count, " elements, got ", tensor->numel());
     STD_TORCH_CHECK(tensor->device() == x.device(), "pos_gate: ", name, " must be on x's device");
-    tensor = torch::stable::contiguous(*tensor);
+    tensor = as_contiguous(*tensor);
   }
 };
 

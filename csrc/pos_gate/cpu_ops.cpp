@@ -112,7 +112,7 @@ Tensor forward(const Tensor& x, const MaybeTensor& table, const MaybeTensor& bia
                const MaybeTensor& norm_weight, const MaybeTensor& norm_bias, const Sizes& window, const Sizes& shift,
                bool softmax, int64_t activation, double eps) {
   const Arguments a(x, table, bias, matrix, norm_weight, norm_bias, window, shift, softmax, activation, eps);
-  Tensor z = torch::stable::new_empty(a.x, a.z_sizes());
+  Tensor z = new_tensor(a.x, a.z_sizes());
   if (z.numel() == 0) return z;  // there are no windows
   const int64_t threads = torch::stable::get_num_threads(), bytes = x.numel() * x.element_size();
   const Division division = forward_division(a.shape, bytes, threads);
@@ -163,7 +163,7 @@ Gradients backward(const Tensor& dz, const Tensor& x, const MaybeTensor& table, 
   const Tensor gradient = a.gradient(dz);
   call.dz = gradient.const_data_ptr();
   call.dz_view = view_of(gradient);
-  Tensor dx = torch::stable::new_empty(a.x, sizes_of(x));
+  Tensor dx = new_tensor(a.x, sizes_of(x));
   call.dx = dx.mutable_data_ptr();
 
   const auto parts = [&](bool wanted, int64_t count, int64_t size, void*& data) {

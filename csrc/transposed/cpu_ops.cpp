@@ -5,19 +5,14 @@
 // copy of that is slow. Here a block is as many numbers of 16 rows as a cache line has, read and written in whole lines
 // and turned around in registers, 4 x 4 at a time. Bytes: 2 M K numbers.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <cstring>
 
+#include "../tensors.h"
+
 namespace posmlp::transposed {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 constexpr int64_t kLine = 16;        // floats
 constexpr int64_t kGrain = 1 << 15;  // numbers: less is not worth waking a thread
@@ -73,7 +68,7 @@ Tensor transposed(const Tensor& x, int64_t ones) {
                   x.stride(1));
   STD_TORCH_CHECK(ones >= 0, "transposed: ones must not be negative, got ", ones);
   const int64_t rows = x.size(0), columns = x.size(1), ld = x.stride(0);
-  Tensor y = torch::stable::new_empty(x, {columns + ones, rows});
+  Tensor y = new_tensor(x, {columns + ones, rows});
   const float* from = static_cast<const float*>(x.const_data_ptr());
   float* to = static_cast<float*>(y.mutable_data_ptr());
   std::fill_n(to + columns * rows, ones * rows, 1.f);
