@@ -83,14 +83,20 @@ struct TilePairs {
   int64_t planes, rows, plane_stride, row_stride;
 };
 
+// Which pairs of a query r and a key s of two tiles: all of them, or those of one direction along a row of tokens, which
+// are little more than half.
+enum Pairs { kAllPairs, kKeysBefore, kKeysAfter };  // s <= r, s >= r
+
 // to[s - r + kQueries - 1] += left[r, :] . right[s, :] for the queries r and keys s of two tiles, over all such pairs.
-template <class A, int kQueries, int kKeys>
+template <class A, int kQueries, int kKeys, Pairs kPairs>
 __attribute__((noinline)) void correlate_tiles(const A* left, const A* right, const TilePairs& pairs, int64_t vectors,
                                                double* to) {
   constexpr int kLanes = VectorOf<A>::kLanes, kSums = kQueries + kKeys - 1, kPanel = kPanelOf<A>;
+  constexpr int kBegin = kPairs == kKeysAfter ? kQueries - 1 : 0, kEnd = kPairs == kKeysBefore ? kQueries : kSums;
   // Displacements with most pairs have more sums than one, so that none waits for itself too often.
   constexpr int kShorter = std::min(kQueries, kKeys);
-  constexpr int kParts = kShorter <= 3 ? 3 : 2, kFirst = kShorter <= 3 ? 0 : kShorter - 2, kLast = kSums - 1 - kFirst;
+  constexpr bool kFew = kShorter <= 3 || kPairs != kAllPairs;  // multiplications for each load
+  constexpr int kParts = kFew ? 3 : 2, kFirst = kFew ? 0 : kShorter - 2, kLast = kSums - 1 - kFirst;
   constexpr int kTogether = std::max(1, 64 / kVectorBytes);  // vectors, before sums go to the totals
   Vec<A> totals[round_up(kSums, kLanes)] = {};  // of sums so short that they round little
   left += pairs.left;
@@ -110,12 +116,13 @@ __attribute__((noinline)) void correlate_tiles(const A* left, const A* right, co
 #pragma GCC unroll 16
             for (int r = 0; r < kQueries; ++r) {
               const int sum = s - r + kQueries - 1;
+              if (sum < kBegin || sum >= kEnd) continue;
               sums[sum >= kFirst && sum <= kLast ? r % kParts : 0][sum] += query[r] * key;
             }
           }
         }
       }
-      for (int sum = 0; sum < kSums; ++sum) {
+      for (int sum = kBegin; sum < kEnd; ++sum) {
         for (int part = 1; part < kParts; ++part) sums[0][sum] += sums[part][sum];
         totals[sum] += sums[0][sum];
       }
@@ -124,13 +131,18 @@ __attribute__((noinline)) void correlate_tiles(const A* left, const A* right, co
 }
 template <class A>
 using Correlate = void (*)(const A*, const A*, const TilePairs&, int64_t, double*);
+// For tiles of so many queries and keys, of which the pairs from one displacement up to another count, counted as above.
 template <class A, int kQueries = kTileRows, int kKeys = kTileRows>
-inline Correlate<A> correlate_for(int64_t queries, int64_t keys) {
+inline Correlate<A> correlate_for(int64_t queries, int64_t keys, int64_t from, int64_t to) {
   if constexpr (kQueries > kLeastRows)
-    if (queries < kQueries) return correlate_for<A, kQueries - 1, kKeys>(queries, keys);
+    if (queries < kQueries) return correlate_for<A, kQueries - 1, kKeys>(queries, keys, from, to);
   if constexpr (kKeys > kLeastRows)
-    if (keys < kKeys) return correlate_for<A, kQueries, kKeys - 1>(queries, keys);
-  if constexpr (kTilesKeepToRows) return correlate_tiles<A, kQueries, kKeys>;
+    if (keys < kKeys) return correlate_for<A, kQueries, kKeys - 1>(queries, keys, from, to);
+  if constexpr (kTilesKeepToRows && few_of(std::min(kQueries, kKeys)) > 0) {  // with less to multiply, loads would decide
+    if (to < kQueries) return correlate_tiles<A, kQueries, kKeys, kKeysBefore>;
+    if (from >= kQueries - 1) return correlate_tiles<A, kQueries, kKeys, kKeysAfter>;
+  }
+  if constexpr (kTilesKeepToRows) return correlate_tiles<A, kQueries, kKeys, kAllPairs>;
   return nullptr;
 }
 
@@ -218,7 +230,10 @@ class TableGradient {
     const View table = shape_.table_view();
     const int64_t entry = weights_.centre() + d0 * table.map[0] + d1 * table.map[1] + keys.first - (queries.last - 1);
     const double* weight = weights_.weight() + entry;
-    if (std::all_of(weight, weight + queries.rows() + keys.rows() - 1, [=](double w) { return w <= least_; })) return;
+    int64_t from = 0, to = queries.rows() + keys.rows() - 2;  // the first displacement that counts, and the last one
+    while (from <= to && weight[from] <= least_) ++from;
+    if (from > to) return;
+    while (weight[to] <= least_) --to;
     constexpr int64_t kPanel = kPanelOf<A>;
     const int64_t row = box[2] * kPanel, plane = box[1] * row;
     Meeting& meeting = meetings_.emplace_back();
@@ -226,7 +241,7 @@ class TableGradient {
                      std::max<int64_t>(0, d0) * plane + std::max<int64_t>(0, d1) * row + keys.first * kPanel,
                      box[0] - std::abs(d0), pairs, plane, is_line() ? queries.rows() * kPanel : row};
     meeting.entry = entry;
-    meeting.correlate = correlate_for<A>(queries.rows(), keys.rows());
+    meeting.correlate = correlate_for<A>(queries.rows(), keys.rows(), from, to);
   }
 
   const Call& call_;
