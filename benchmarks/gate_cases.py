@@ -15,10 +15,10 @@ from .structure import kept
 FORWARD, BACKWARD, BOTH = DIRECTIONS = ("forward", "backward", "forward + backward")
 PRODUCTS = {FORWARD: 1, BACKWARD: 3, BOTH: 4}  # a backward makes P X1 again, P^T dU and dU X1^T
 # Multiplications for a number of X1 and one of X2 besides: scale, bias, X2; in a backward dX2 and dU too.
-# The shortest GELU we know of takes 8 for each number, 15 with its slope: a polynomial for each of 16 pieces
-# of Phi, whose coefficients are looked up. `csrc/pos_gate/cpu_activation.h` takes 13 and 26.
+# The shortest GELU we know of takes 8 for each number, 13 with its slope, as `csrc/pos_gate/cpu_activation.h`
+# does with AVX-512; elsewhere that takes 13 and 26.
 _AROUND = {FORWARD: 2, BACKWARD: 4, BOTH: 2 + 4}
-_AROUND_WITH_GELU = {FORWARD: 2 + 2 * 8, BACKWARD: 6 + 2 * 15, BOTH: 18 + 36}
+_AROUND_WITH_GELU = {FORWARD: 2 + 2 * 8, BACKWARD: 6 + 2 * 13, BOTH: 18 + 32}
 _ELEMENTS = {FORWARD: 3, BACKWARD: 5, BOTH: 8}  # of C a token: x and z; x, dz and dx
 
 
