@@ -53,6 +53,23 @@ def test_rows_of_every_width(width, softmax):
             )
 
 
+@pytest.mark.parametrize("mirrored", [False, True])
+@pytest.mark.parametrize("width", [10, 12, 14, 20])
+def test_displacements_of_one_direction(width, mirrored):
+    """Weights that end at any distance, and not by falling: two tiles may meet in one direction alone."""
+    window = (4, width)
+    for end in range(width):
+        table = torch.randn(2, 7, 2 * width - 1, generator=torch.Generator().manual_seed(end))
+        table[..., width + end :] = -1000  # of keys farther than `end` behind their query
+        table = table.flip(-1) if mirrored else table
+        x, dz = draw(window, seed=end)
+        truth = gradients(x, table, dz, window, "reference", torch.float64)
+        for dtype, rounding in ((torch.float64, 1e-13), (torch.float32, 2e-6)):
+            for name, got in gradients(x, table, dz, window, "cpu", dtype).items():
+                size = max(1, truth[name].abs().max().item())
+                assert torch.allclose(got.double(), truth[name], rtol=0, atol=rounding * size), name
+
+
 @pytest.mark.parametrize("window", [(14, 14), (7, 7), (5, 24)])
 def test_what_all_keys_share_costs_no_precision(window):
     """The gradient of a softmax lacks it. Eager's loses as many digits as it is larger than the rest."""
