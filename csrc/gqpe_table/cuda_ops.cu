@@ -10,7 +10,6 @@
 namespace posmlp::cuda {
 namespace {
 
-
 template <class A>
 TableCall<A> call_of(const gqpe::Arguments& a) {
   TableCall<A> call{};

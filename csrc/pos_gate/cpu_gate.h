@@ -391,16 +391,7 @@ class Gate {
     }
   }
 
-  // Of each row of a panel what the bias's gradient wants, the sum of dU, and what a table's does, that of dU * Y.
-  struct PanelRowSums {
-    typename RowSums<A>::Rows of_du, of_products;
-
-    __attribute__((always_inline)) void add(int64_t k, int vector, Vec<A> du, Vec<A> y) {
-      of_du.add(k, vector, du);
-      of_products.add(k, vector, du * y);
-    }
-  };
-  PanelRowSums row_sums_from(int64_t token) { return {{workspace_.bias_sums, token}, {workspace_.dots, token}}; }
+  PanelRowSums<A> row_sums_from(int64_t token) { return {{workspace_.bias_sums, token}, {workspace_.dots, token}}; }
   void store_bias_gradient(const Window& window, int64_t unit) const {
     A* part = static_cast<A*>(call_.dbias_parts) + unit * shape_.window_tokens();
     for (int64_t k = 0; k < window.tokens; ++k)

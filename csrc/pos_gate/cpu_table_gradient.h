@@ -40,6 +40,17 @@ class RowSums {
   std::vector<double> totals_;
 };
 
+// Of a panel's rows what the bias's gradient wants, the sum of dU, and what a table's does, that of dU * Y.
+template <class A>
+struct PanelRowSums {
+  typename RowSums<A>::Rows of_du, of_products;
+
+  __attribute__((always_inline)) void add(int64_t k, int vector, Vec<A> du, Vec<A> y) {
+    of_du.add(k, vector, du);
+    of_products.add(k, vector, du * y);
+  }
+};
+
 // Takes its mean off each column of a panel, but where there is none that is finite. The rows of P sum to one, so that what
 // all keys have in common is in each Y and counts nothing in the table's gradient; there, a difference of two sums, its
 // rounding would.
