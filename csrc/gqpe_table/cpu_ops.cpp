@@ -9,7 +9,7 @@
 namespace posmlp::gqpe {
 namespace {
 
-constexpr int64_t kGrain = 32768;  // table entries, tens of microseconds: less is not worth waking a thread
+constexpr int64_t kGrain = 8192;  // table entries, some microseconds: less is not worth another thread
 
 // Calls work(parameters, g) for every group g. A group is a unit of work: no result depends on the threads.
 template <typename T, typename Work>

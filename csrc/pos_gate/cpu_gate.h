@@ -88,16 +88,17 @@ class Gate {
       if (panel_.columns < kPanel) clear({{x1_, size}, {du, size}, {products_.y, kTile}, {products_.done, kTile}});
       load_panel(call_, window, panel_, x_map(window, panel_, 0), x1_, slope1_);
       if (table_gradient_ && call_.softmax) centre_columns(x1_, window.tokens, mean_);
+      if (table_gradient_ && mixing) table_gradient_->begin_panel(x1_, x1_columns_);
       backward_panel_to_x2(window, du);
       backward_panel_to_x1(window, du);
       if (!mixing) return;
-      if (table_gradient_) return table_gradient_->add(du, x1_, panel_.columns);
+      if (table_gradient_) return table_gradient_->add(du, panel_.columns);
       transpose(x1_, kPanel, x1_columns_ + slot * size, ld_, round_up(window.tokens, kLanes), kPanel);
       if (slot + 1 == kPanels || next_panel_.columns == 0) add_mixing_gradient(window, slot + 1);
     });
     if (panels == 0) return;
     if (mixing && table_gradient_)
-      table_gradient_->store(unit, workspace_.dots);
+      table_gradient_->add_to(unit, workspace_.dots);
     else if (mixing)
       mixing_.add_gradient(unit, dp_, ld_);
     if (call_.dbias_parts) store_bias_gradient(window, unit);

@@ -145,6 +145,7 @@ void add_parts(const Tensor& parts, Tensor& sums) {
 // The sum of partial gradients, in the shape of the parameter; empty if it is not wanted.
 Tensor sum_parts(const Arguments& a, const MaybeTensor& parameter, const std::optional<Tensor>& parts) {
   if (!parts) return a.workspace({0});
+  if (parts->numel() == parameter->numel()) return *parts;  // a single one
   Tensor sums = a.workspace(sizes_of(*parameter));
   (a.parameter_type == ScalarType::Double ? add_parts<double> : add_parts<float>)(*parts, sums);
   return sums;
@@ -166,21 +167,23 @@ Gradients backward(const Tensor& dz, const Tensor& x, const MaybeTensor& table, 
   Tensor dx = new_tensor(a.x, sizes_of(x));
   call.dx = dx.mutable_data_ptr();
 
-  const auto parts = [&](bool wanted, int64_t count, int64_t size, void*& data) {
+  // A gradient's parts; in the shape of the parameter if they are its groups' and nothing has to be summed.
+  const auto parts = [&](const MaybeTensor& parameter, bool wanted, int64_t count, int64_t size, void*& data) {
     std::optional<Tensor> tensor;
-    if (wanted) {
-      tensor = a.workspace({count, size});
+    if (parameter && wanted) {
+      tensor = a.workspace(count * size == parameter->numel() ? sizes_of(*parameter) : Sizes{count, size});
       data = tensor->mutable_data_ptr();
     }
     return tensor;
   };
-  const auto dtable = parts(a.table && mixing_grad, part_count, shape.table_size(), call.dtable_parts);
-  const auto dmatrix = parts(a.matrix && mixing_grad, part_count, n * n, call.dmatrix_parts);
-  const auto dbias = parts(bool(a.bias), part_count, n, call.dbias_parts);
+  const auto dtable = parts(a.table, mixing_grad, part_count, shape.table_size(), call.dtable_parts);
+  const auto dmatrix = parts(a.matrix, mixing_grad, part_count, n * n, call.dmatrix_parts);
+  const auto dbias = parts(a.bias, true, part_count, n, call.dbias_parts);
   const bool norm = call.norm_weight != nullptr;
-  const auto dnorm_weight = parts(norm, call.norm_blocks, shape.channels, call.dnorm_weight_parts);
-  const auto dnorm_bias = parts(norm, call.norm_blocks, shape.channels, call.dnorm_bias_parts);
-  const auto dx_normed = parts(norm, shape.batch * shape.map_tokens(), shape.channels, call.dx_normed);
+  const auto dnorm_weight = parts(a.norm_weight, norm, call.norm_blocks, shape.channels, call.dnorm_weight_parts);
+  const auto dnorm_bias = parts(a.norm_bias, norm, call.norm_blocks, shape.channels, call.dnorm_bias_parts);
+  const Tensor dx_normed = a.workspace({norm ? shape.batch * shape.map_tokens() * shape.channels : 0});
+  if (norm) call.dx_normed = dx_normed.mutable_data_ptr();
 
   const Kernels& kernels = choose_kernels();
   const Tensor statistics = norm_statistics(a, call, kernels);

@@ -10,7 +10,13 @@
 // there are 49 products and 13 sums, a vector of columns each. These stay in registers over all pairs of tiles that lie as
 // far apart. So there is no dP, which would go through the second-level cache with every panel, and nothing is transposed
 // or folded: 14 loads for 49 multiply-adds.
-// Flops: 2 for each pair of tokens and column, but where no displacement of two tiles has a weight that counts.
+//
+// Three correlations in the place of four: be E(d) the sum over pairs of even rows of tokens, d rows apart, and O(d) that
+// over odd ones. Of rows an odd number apart one is even, and it comes first or second. Both kinds of pairs are among those
+// of sums of two rows, v(t) = dU(2t - 1) + dU(2t) and w(t) = X1(2t) + X1(2t + 1): the sum over v(t) and w(t + k) is what is
+// wanted for 2k + 1, and E(2k) and O(2k + 2), which are there anyway. It has half as many pairs.
+// Flops: 2 for each pair of tokens and column, but where no displacement of two tiles has a weight that counts; half of them
+// for rows an odd number apart.
 // No include guard: every instruction set compiles this text anew, inside its own namespace and target options.
 
 // For each of a window's tokens a sum over all columns: those of a panel are short, those over many panels are in double.
@@ -94,9 +100,9 @@ struct TilePairs {
   int64_t planes, rows, plane_stride, row_stride;
 };
 
-// Which pairs of a query r and a key s of two tiles: all of them, or those of one direction along a row of tokens, which
-// are little more than half.
-enum Pairs { kAllPairs, kKeysBefore, kKeysAfter };  // s <= r, s >= r
+// Which pairs of a query r and a key s of two tiles: none, all of them, or those of one direction along a row of tokens,
+// which are little more than half.
+enum Pairs : char { kNoPairs, kAllPairs, kKeysBefore, kKeysAfter };  // s <= r, s >= r
 
 // to[s - r + kQueries - 1] += left[r, :] . right[s, :] for the queries r and keys s of two tiles, over all such pairs.
 template <class A, int kQueries, int kKeys, Pairs kPairs>
@@ -142,23 +148,25 @@ __attribute__((noinline)) void correlate_tiles(const A* left, const A* right, co
 }
 template <class A>
 using Correlate = void (*)(const A*, const A*, const TilePairs&, int64_t, double*);
-// For tiles of so many queries and keys, of which the pairs from one displacement up to another count, counted as above.
+// For tiles of so many queries and keys.
 template <class A, int kQueries = kTileRows, int kKeys = kTileRows>
-inline Correlate<A> correlate_for(int64_t queries, int64_t keys, int64_t from, int64_t to) {
+inline Correlate<A> correlate_for(int64_t queries, int64_t keys, Pairs pairs) {
   if constexpr (kQueries > kLeastRows)
-    if (queries < kQueries) return correlate_for<A, kQueries - 1, kKeys>(queries, keys, from, to);
+    if (queries < kQueries) return correlate_for<A, kQueries - 1, kKeys>(queries, keys, pairs);
   if constexpr (kKeys > kLeastRows)
-    if (keys < kKeys) return correlate_for<A, kQueries, kKeys - 1>(queries, keys, from, to);
+    if (keys < kKeys) return correlate_for<A, kQueries, kKeys - 1>(queries, keys, pairs);
   if constexpr (kTilesKeepToRows && few_of(std::min(kQueries, kKeys)) > 0) {  // with less to multiply, loads would decide
-    if (to < kQueries) return correlate_tiles<A, kQueries, kKeys, kKeysBefore>;
-    if (from >= kQueries - 1) return correlate_tiles<A, kQueries, kKeys, kKeysAfter>;
+    if (pairs == kKeysBefore) return correlate_tiles<A, kQueries, kKeys, kKeysBefore>;
+    if (pairs == kKeysAfter) return correlate_tiles<A, kQueries, kKeys, kKeysAfter>;
   }
   if constexpr (kTilesKeepToRows) return correlate_tiles<A, kQueries, kKeys, kAllPairs>;
   return nullptr;
 }
 
 struct TableGradientBuffers {
-  std::vector<double> sums;
+  std::vector<double> sums, odd;  // odd: over pairs of odd rows, where they are apart from even ones
+  std::vector<Pairs> pairs;       // of each two tiles of a row, by displacement of rows
+  std::vector<char> thirds;       // by displacement of rows
   BoxBuffers<double> shares;
 };
 
@@ -179,33 +187,48 @@ class TableGradient {
   // For the weights' group and windows. Rows and tiles meet where a displacement has a weight that counts. Without a
   // softmax a gradient does not depend on its weight.
   void begin() {
-    const int64_t *box = window().cls.box, size = shape_.table_size();
-    b_.sums.assign(size + VectorOf<A>::kLanes, 0.);
+    const int64_t size = shape_.table_size() + VectorOf<A>::kLanes;
+    b_.sums.assign(size, 0.);
     meetings_.clear();
+    thirds_.clear();
+    table_ = shape_.table_view();
     least_ = call_.softmax ? weights_.limit() : -std::numeric_limits<double>::infinity();
-    const Tile* const tiles = window().tiles.data();  // the first ones are the first row's
-    const int64_t count = tiles_of_row();
-    if (is_line())
-      for (int64_t d2 = 1 - count; d2 < count; ++d2)
-        meet(tiles[std::max<int64_t>(0, -d2)], tiles[std::max<int64_t>(0, d2)], 0, 0, count - std::abs(d2));
-    else
-      for (int64_t i = 0; i < count; ++i)
-        for (int64_t j = 0; j < count; ++j)
-          for (int64_t d0 = 1 - box[0]; d0 < box[0]; ++d0)
-            for (int64_t d1 = 1 - box[1]; d1 < box[1]; ++d1) meet(tiles[i], tiles[j], d0, d1, box[1] - std::abs(d1));
+    if (is_line()) return meet_in_line();
+    find_pairs();
+    find_thirds();
+    for_each_two_tiles([&](int64_t both, const Tile& queries, const Tile& keys) {
+      const Pairs* const pairs = &b_.pairs[both * displacements()];
+      for_each_displacement([&](int64_t n, int64_t d0, int64_t d1) {
+        if (pairs[n] != kNoPairs) meet(queries, keys, n, d0, d1, pairs[n]);
+      });
+    });
+    if (!thirds_.empty()) b_.odd.assign(size, 0.);
   }
 
-  // A panel's part, of dU and X1 [tokens, kPanel].
-  void add(const A* du, const A* x1, int64_t columns) {
+  // A panel's X1 [tokens, kPanel], while it is in the first-level cache. `room` is for two panels, until the panel's `add`.
+  void begin_panel(const A* x1, A* room) {
+    x1_ = x1;
+    sums_ = room;
+    if (!thirds_.empty()) add_up_rows(x1, 0, sums_);
+  }
+  // The panel's part, given dU.
+  void add(const A* du, int64_t columns) {
     const int64_t vectors = divide_up(columns, int64_t(VectorOf<A>::kLanes));
     for (const Meeting& meeting : meetings_)
-      meeting.correlate(du, x1, meeting.pairs, vectors, &b_.sums[meeting.entry]);
+      meeting.correlate(du, x1_, meeting.pairs, vectors, &(meeting.odd ? b_.odd : b_.sums)[meeting.entry]);
+    if (thirds_.empty()) return;
+    const A* const keys = sums_;
+    A* const queries = sums_ + box()[0] * plane_of_sums();
+    add_up_rows(du, -1, queries);
+    for (const Meeting& meeting : thirds_)
+      meeting.correlate(queries, keys, meeting.pairs, vectors, &b_.sums[meeting.entry]);
   }
 
   // Adds the gradient, given the sums of dU * Y.
-  void store(int64_t part, const RowSums<A>& dots) {
+  void add_to(int64_t part, const RowSums<A>& dots) {
     const int64_t size = shape_.table_size();
     A* to = static_cast<A*>(call_.dtable_parts) + part * size;
+    if (!thirds_.empty()) join_thirds();
     if (!call_.softmax) {
       for (int64_t e = 0; e < size; ++e) to[e] += A(b_.sums[e]);
       return;
@@ -223,42 +246,176 @@ class TableGradient {
   }
 
  private:
+  static constexpr int64_t kPanel = kPanelOf<A>;
+
   // Tiles whose displacement is the same.
   struct Meeting {
     TilePairs pairs;
     int64_t entry;  // of the table: that of the last query and the first key
     Correlate<A> correlate;
+    bool odd;  // whether of odd rows alone
   };
 
   const Window& window() const { return weights_.window(); }
-  int64_t rows() const { return window().cls.box[0] * window().cls.box[1]; }
+  const int64_t* box() const { return window().cls.box; }
+  int64_t rows() const { return box()[0] * box()[1]; }
   bool is_line() const { return rows() == 1; }
   int64_t tiles_of_row() const { return int64_t(window().tiles.size()) / rows(); }
 
-  // Two tiles, and those of as many rows of a plane as there are pairs.
-  void meet(const Tile& queries, const Tile& keys, int64_t d0, int64_t d1, int64_t pairs) {
-    const int64_t* box = window().cls.box;
-    const View table = shape_.table_view();
-    const int64_t entry = weights_.centre() + d0 * table.map[0] + d1 * table.map[1] + keys.first - (queries.last - 1);
-    const double* weight = weights_.weight() + entry;
-    int64_t from = 0, to = queries.rows() + keys.rows() - 2;  // the first displacement that counts, and the last one
-    while (from <= to && weight[from] <= least_) ++from;
-    if (from > to) return;
-    while (weight[to] <= least_) --to;
-    constexpr int64_t kPanel = kPanelOf<A>;
-    const int64_t row = box[2] * kPanel, plane = box[1] * row;
-    Meeting& meeting = meetings_.emplace_back();
-    meeting.pairs = {std::max<int64_t>(0, -d0) * plane + std::max<int64_t>(0, -d1) * row + queries.first * kPanel,
-                     std::max<int64_t>(0, d0) * plane + std::max<int64_t>(0, d1) * row + keys.first * kPanel,
-                     box[0] - std::abs(d0), pairs, plane, is_line() ? queries.rows() * kPanel : row};
-    meeting.entry = entry;
-    meeting.correlate = correlate_for<A>(queries.rows(), keys.rows(), from, to);
+  // ---- displacements of rows of tokens, by planes and rows ----
+
+  // Their numbers, which have room at both ends of a plane's.
+  int64_t displacements() const { return (2 * box()[0] - 1) * (2 * box()[1] + 1); }
+  template <class Work>
+  void for_each_displacement(const Work& work) const {
+    int64_t n = 0;
+    for (int64_t d0 = 1 - box()[0]; d0 < box()[0]; ++d0, n += 2)
+      for (int64_t d1 = 1 - box()[1]; d1 < box()[1]; ++d1) work(++n, d0, d1);
+  }
+  template <class Work>
+  void for_each_two_tiles(const Work& work) const {
+    const Tile* const tiles = window().tiles.data();  // the first ones are the first row's
+    const int64_t count = tiles_of_row();
+    for (int64_t both = 0; both < count * count; ++both) work(both, tiles[both / count], tiles[both % count]);
+  }
+  // The table's entry for the last query and the first key of two tiles.
+  int64_t entry_of(const Tile& queries, const Tile& keys, int64_t d0, int64_t d1) const {
+    return weights_.centre() + d0 * table_.map[0] + d1 * table_.map[1] + keys.first - (queries.last - 1);
+  }
+  // Which pairs of two tiles have weights that count.
+  Pairs pairs_of(const Tile& queries, const Tile& keys, int64_t entry) const {
+    const int64_t count = queries.rows() + keys.rows() - 1;
+    uint64_t bits = 0;  // one for each displacement that counts
+    for (int64_t i = 0; i < count; i += kDoubles)
+      bits |= bits_where_not_within(load<double>(weights_.weight() + entry + i), fill<DoubleVec>(least_)) << i;
+    bits &= (uint64_t(1) << count) - 1;
+    if (bits == 0) return kNoPairs;
+    const uint64_t own = uint64_t(1) << (queries.rows() - 1);  // of a query and the key that is as far along
+    return bits < 2 * own ? kKeysBefore : bits % own == 0 ? kKeysAfter : kAllPairs;
+  }
+  // Those of all tiles. Where no row is so far away nothing is missing.
+  void find_pairs() {
+    const int64_t tiles = tiles_of_row() * tiles_of_row();
+    b_.pairs.assign(tiles * displacements(), kAllPairs);
+    for_each_two_tiles([&](int64_t both, const Tile& queries, const Tile& keys) {
+      Pairs* const pairs = &b_.pairs[both * displacements()];
+      for_each_displacement([&](int64_t n, int64_t d0, int64_t d1) {
+        pairs[n] = pairs_of(queries, keys, entry_of(queries, keys, d0, d1));
+      });
+    });
+  }
+
+  // ---- rows an odd number apart, by sums of two ----
+
+  // A difference is as exact as what it is taken from. One row nearer there is one more pair of rows, whose dU has been
+  // scaled: it must not be larger by much than all others'.
+  bool rows_are_alike() const {
+    constexpr double kMuch = 4;
+    const int64_t length = box()[2], count = box()[1];
+    const auto largest = [=, scale = weights_.scale()](int64_t row) {
+      return *std::max_element(scale + row * length, scale + (row + 1) * length);
+    };
+    for (int64_t first = 0; first < rows(); first += count) {
+      double forth = largest(first), back = largest(first + count - 1);
+      for (int64_t row = 1; row < count; ++row) {
+        const double next = largest(first + row), before = largest(first + count - 1 - row);
+        if (next > kMuch * forth || before > kMuch * back) return false;
+        forth = std::max(forth, next);
+        back = std::max(back, before);
+      }
+    }
+    return true;
+  }
+  // Those displacements whose pairs all come one row nearer and one farther too. Few rows are not worth it.
+  void find_thirds() {
+    constexpr int64_t kFewRows = 7;
+    b_.thirds.assign(displacements(), box()[1] > kFewRows && rows_are_alike());
+    for_each_displacement([&](int64_t n, int64_t, int64_t d1) { b_.thirds[n] &= char(d1 & 1); });
+    for (size_t at = 0; at < b_.pairs.size(); at += displacements())
+      for_each_displacement([&](int64_t n, int64_t, int64_t) {
+        const Pairs *const pairs = &b_.pairs[at + n], own = pairs[0];
+        const auto come = [=](Pairs others) { return others == kAllPairs || others == own; };
+        b_.thirds[n] &= char(own == kNoPairs || (come(pairs[-1]) && come(pairs[1])));
+      });
+    for (int64_t n = 0; n < displacements(); n += 2 * box()[1] + 1) b_.thirds[n] = b_.thirds[n + 2 * box()[1]] = false;
+  }
+  int64_t plane_of_sums() const { return (box()[1] / 2 + 1) * box()[2] * kPanel; }
+  // Of each plane rows 2t + first and 2t + first + 1, as far as there are any.
+  void add_up_rows(const A* from, int64_t first, A* to) const {
+    const int64_t rows = box()[1], size = box()[2] * kPanel;
+    for (int64_t plane = 0; plane < box()[0]; ++plane, from += rows * size)
+      for (int64_t row = first; row < first + 2 * (rows / 2 + 1); row += 2, to += size)
+        for (int64_t c = 0; c < size; c += VectorOf<A>::kLanes) {
+          const Vec<A> one = row >= 0 && row < rows ? load<A>(from + row * size + c) : Vec<A>{};
+          store(to + c, row + 1 < rows ? one + load<A>(from + (row + 1) * size + c) : one);
+        }
+  }
+  // Takes off what pairs of sums have besides, and adds up what was apart.
+  void join_thirds() {
+    const Tile all = {0, box()[2]};
+    for_each_displacement([&](int64_t n, int64_t d0, int64_t d1) {
+      if (!b_.thirds[n]) return;
+      double* const sums = &b_.sums[entry_of(all, all, d0, d1)];
+      const double* const odd = &b_.odd[entry_of(all, all, d0, d1)];
+      for (int64_t e = 0; e < 2 * all.last - 1; ++e) {
+        if (d1 - 1 > -box()[1]) sums[e] -= sums[e - table_.map[1]];
+        if (d1 + 1 < box()[1]) sums[e] -= odd[e + table_.map[1]];
+      }
+    });
+    for (size_t e = 0; e < b_.sums.size(); ++e) b_.sums[e] += b_.odd[e];
+  }
+
+  // ---- meetings ----
+
+  void meet(const Tile& queries, const Tile& keys, int64_t n, int64_t d0, int64_t d1, Pairs pairs) {
+    const int64_t entry = entry_of(queries, keys, d0, d1), row = box()[2] * kPanel;
+    const Correlate<A> correlate = correlate_for<A>(queries.rows(), keys.rows(), pairs);
+    // The first row of either tile, how many there are, and how far apart.
+    const auto add = [&](std::vector<Meeting>& to, int64_t query_row, int64_t key_row, int64_t rows, int64_t step,
+                         int64_t plane, bool odd) {
+      if (rows == 0) return;
+      Meeting& meeting = to.emplace_back();
+      meeting.pairs = {std::max<int64_t>(0, -d0) * plane + query_row * row + queries.first * kPanel,
+                       std::max<int64_t>(0, d0) * plane + key_row * row + keys.first * kPanel,
+                       box()[0] - std::abs(d0), rows, plane, step * row};
+      meeting.entry = entry;
+      meeting.correlate = correlate;
+      meeting.odd = odd;
+    };
+    const int64_t first = std::max<int64_t>(0, -d1), count = box()[1] - std::abs(d1), plane = box()[1] * row;
+    if (b_.thirds[n]) {
+      const int64_t k = (d1 - 1) / 2, own = std::max<int64_t>(0, -k);
+      const int64_t query_rows = box()[1] / 2 + 1, key_rows = divide_up(box()[1], int64_t(2));
+      add(thirds_, own, own + k, std::min(query_rows, key_rows - k) - own, 1, plane_of_sums(), false);
+    } else if (b_.thirds[n - 1] || b_.thirds[n + 1]) {
+      add(meetings_, first, first + d1, divide_up(count, int64_t(2)), 2, plane, false);
+      add(meetings_, first + 1, first + 1 + d1, count / 2, 2, plane, true);
+    } else {
+      add(meetings_, first, first + d1, count, 1, plane, false);
+    }
+  }
+
+  void meet_in_line() {
+    const Tile* const tiles = window().tiles.data();
+    const int64_t count = tiles_of_row();
+    for (int64_t d2 = 1 - count; d2 < count; ++d2) {
+      const Tile &queries = tiles[std::max<int64_t>(0, -d2)], &keys = tiles[std::max<int64_t>(0, d2)];
+      const int64_t entry = entry_of(queries, keys, 0, 0);
+      const Pairs pairs = pairs_of(queries, keys, entry);
+      if (pairs == kNoPairs) continue;
+      const TilePairs of_line = {queries.first * kPanel, keys.first * kPanel, 1, count - std::abs(d2), 0,
+                                 queries.rows() * kPanel};
+      meetings_.push_back({of_line, entry, correlate_for<A>(queries.rows(), keys.rows(), pairs), false});
+    }
   }
 
   const Call& call_;
   const Shape& shape_;
   const Weights<A>& weights_;
   TableGradientBuffers& b_;
-  std::vector<Meeting> meetings_;
+  std::vector<Meeting> meetings_, thirds_;  // of rows, and of sums of rows
+  const A* x1_ = nullptr;  // of the panel at hand,
+  A* sums_ = nullptr;      // and sums of its rows
+  View table_;
   double least_ = 0;  // what a weight must exceed to count
 };

@@ -33,24 +33,55 @@ def draw(window, channels=32, batch=2, seed=0):
     return x, torch.randn(*sizes, channels, generator=generator)
 
 
+def assert_right(window, sharpness, centre, softmax):
+    """In float64, where all but rounding is an error, and in float32."""
+    table = gaussian(window, sharpness, centre)
+    truth, eager, actual = [], [], []
+    for seed in range(8):
+        x, dz = draw(window, seed=seed)
+        truth.append(gradients(x, table, dz, window, "reference", torch.float64, softmax))
+        eager.append(gradients(x, table, dz, window, "reference", torch.float32, softmax))
+        actual.append(gradients(x, table, dz, window, "cpu", torch.float32, softmax))
+    assert_no_worse(actual, eager, truth)
+    for name, got in gradients(x, table, dz, window, "cpu", torch.float64, softmax).items():
+        expected = truth[-1][name]
+        assert torch.allclose(got, expected, rtol=0, atol=1e-13 * max(1, expected.abs().max().item())), name
+
+
 @pytest.mark.parametrize("softmax", [True, False])
 @pytest.mark.parametrize("width", [*range(1, 16), 20, 21, 24, 27])
 def test_rows_of_every_width(width, softmax):
-    """Tiles of every two heights meet: in float64, where all but rounding is an error, and in float32."""
+    """Tiles of every two heights meet."""
     for window, sharpness, centre in (((4, width), 0.3, 0.0), ((5, width), 1.0, 2.5), ((width,), 0.02, 0.0)):
-        table = gaussian(window, sharpness, centre)
-        truth, eager, actual = [], [], []
-        for seed in range(8):
-            x, dz = draw(window, seed=seed)
-            truth.append(gradients(x, table, dz, window, "reference", torch.float64, softmax))
-            eager.append(gradients(x, table, dz, window, "reference", torch.float32, softmax))
-            actual.append(gradients(x, table, dz, window, "cpu", torch.float32, softmax))
-        assert_no_worse(actual, eager, truth)
-        for name, got in gradients(x, table, dz, window, "cpu", torch.float64, softmax).items():
-            expected = truth[-1][name]
-            assert torch.allclose(got, expected, rtol=0, atol=1e-13 * max(1, expected.abs().max().item())), (
-                name
-            )
+        assert_right(window, sharpness, centre, softmax)
+
+
+@pytest.mark.parametrize("softmax", [True, False])
+@pytest.mark.parametrize("rows", [*range(6, 16), 20, 23])
+def test_any_number_of_rows(rows, softmax):
+    """Rows an odd number apart go by sums of two, where the rows' scales allow it: they do for the first two
+    centres. Weights end among rows that are an even number apart, or an odd one."""
+    settings = (((rows, 6), 0.2, 0.0), ((rows, 9), 0.6, 2.0), ((2, rows, 5), 0.8, 4.5))
+    for window, sharpness, centre in settings:
+        assert_right(window, sharpness, centre, softmax)
+
+
+@pytest.mark.parametrize("end", range(1, 15))
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_weights_that_end_after_any_row(end, mirrored):
+    """What lies one row nearer may count nowhere, one row farther it may not."""
+    window, rows = (14, 14), 14
+    table = torch.randn(2, 2 * rows - 1, 27, generator=torch.Generator().manual_seed(end))
+    table[:, rows - 1 + end :] = -1000
+    table[:, : end // 2] = -1000
+    table[:, rows + end // 2 - 1] = -1000 if end % 3 == 0 else 0  # a gap
+    table = table.flip(1) if mirrored else table
+    x, dz = draw(window, seed=end)
+    truth = gradients(x, table, dz, window, "reference", torch.float64)
+    for dtype, rounding in ((torch.float64, 1e-13), (torch.float32, 3e-6)):
+        for name, got in gradients(x, table, dz, window, "cpu", dtype).items():
+            size = max(1, truth[name].abs().max().item())
+            assert torch.allclose(got.double(), truth[name], rtol=0, atol=rounding * size), name
 
 
 @pytest.mark.parametrize("mirrored", [False, True])
