@@ -395,8 +395,9 @@ class Gate {
   PanelRowSums<A> row_sums_from(int64_t token) { return {{workspace_.bias_sums, token}, {workspace_.dots, token}}; }
   void store_bias_gradient(const Window& window, int64_t unit) const {
     A* part = static_cast<A*>(call_.dbias_parts) + unit * shape_.window_tokens();
-    for (int64_t k = 0; k < window.tokens; ++k)
-      part[window.index[k]] += A(workspace_.bias_sums.of(k) / double(group_->scale[k]));
+    workspace_.bias_sums.for_each(window.tokens, [&](int64_t k, double sum) {
+      part[window.index[k]] += A(sum / double(group_->scale[k]));
+    });
   }
 
   void clear_parts(int64_t unit) {

@@ -19,30 +19,55 @@
 // for rows an odd number apart.
 // No include guard: every instruction set compiles this text anew, inside its own namespace and target options.
 
+// The sum of each of as many vectors as one has lanes. Each of the log2(lanes) rounds interleaves the first half of them
+// with the second.
+template <class A, int kHalf = VectorOf<A>::kLanes / 2>
+inline Vec<A> sum_of_each(Vec<A>* vectors) {
+  if constexpr (kHalf > 0) {
+    constexpr auto kLaneNumbers = std::make_integer_sequence<int, VectorOf<A>::kLanes>();
+    for (int r = 0; r < kHalf; ++r) {
+      const Vec<A> a = vectors[r], b = vectors[r + kHalf];
+      vectors[r] = interleave<A, 0>(a, b, kLaneNumbers) + interleave<A, 1>(a, b, kLaneNumbers);
+    }
+    return sum_of_each<A, kHalf / 2>(vectors);
+  }
+  return vectors[0];
+}
+
 // For each of a window's tokens a sum over all columns: those of a panel are short, those over many panels are in double.
 template <class A>
 class RowSums {
  public:
-  void clear(int64_t tokens) { totals_.assign(tokens * kLanes, 0.); }
+  void clear(int64_t tokens) { totals_.assign(round_up(tokens, kDoubles) * kDoubles, 0.); }
 
   // A panel's part for the tokens from `token` on, one by one: the sum of its vectors, which are given in turn.
   class Rows {
    public:
-    Rows(RowSums& sums, int64_t token) : totals_(&sums.totals_[token * kLanes]) {}
+    Rows(RowSums& sums, int64_t token) : totals_(&sums.totals_[token * kDoubles]) {}
 
     __attribute__((always_inline)) void add(int64_t k, int vector, Vec<A> term) {
       sum_ = vector == 0 ? term : sum_ + term;
-      if (vector + 1 == kTileVectors) add_wide<A>(totals_ + k * kLanes, sum_);
+      if (vector + 1 < kTileVectors) return;
+      double* const total = totals_ + k * kDoubles;
+      store(total, load<double>(total) + sum_of_parts<A>(sum_));
     }
 
    private:
     double* totals_;
     Vec<A> sum_{};
   };
-  double of(int64_t k) const { return std::accumulate(&totals_[k * kLanes], &totals_[k * kLanes] + kLanes, 0.); }
+  // Calls `use(token, sum)` for each.
+  template <class Use>
+  void for_each(int64_t tokens, const Use& use) const {
+    for (int64_t first = 0; first < tokens; first += kDoubles) {
+      DoubleVec sums[kDoubles];
+      for (int k = 0; k < kDoubles; ++k) sums[k] = load<double>(&totals_[(first + k) * kDoubles]);
+      const DoubleVec sum = sum_of_each<double>(sums);
+      for (int k = 0; k < std::min<int64_t>(kDoubles, tokens - first); ++k) use(first + k, sum[k]);
+    }
+  }
 
  private:
-  static constexpr int kLanes = VectorOf<A>::kLanes;
   std::vector<double> totals_;
 };
 
@@ -76,21 +101,6 @@ void centre_columns(A* panel, int64_t tokens, A* means) {
       A* const at = panel + k * kPanelOf<A> + v * kLanes;
       store(at, load<A>(at) - mean[v]);
     }
-}
-
-// The sum of each of as many vectors as one has lanes. Each of the log2(lanes) rounds interleaves the first half of them
-// with the second.
-template <class A, int kHalf = VectorOf<A>::kLanes / 2>
-inline Vec<A> sum_of_each(Vec<A>* vectors) {
-  if constexpr (kHalf > 0) {
-    constexpr auto kLaneNumbers = std::make_integer_sequence<int, VectorOf<A>::kLanes>();
-    for (int r = 0; r < kHalf; ++r) {
-      const Vec<A> a = vectors[r], b = vectors[r + kHalf];
-      vectors[r] = interleave<A, 0>(a, b, kLaneNumbers) + interleave<A, 1>(a, b, kLaneNumbers);
-    }
-    return sum_of_each<A, kHalf / 2>(vectors);
-  }
-  return vectors[0];
 }
 
 // Pairs of tiles equally far apart: where the first one's begin in two panels, and those in other rows of tokens; in a line,
@@ -236,8 +246,9 @@ class TableGradient {
     // Each query's part goes to the entries of all its keys: in the table's mirror image those of which it is in the box.
     const int64_t *place = window().place.data(), room = size + weights_.box_reach();
     b_.shares.doubled.assign(room + 2 * kDoubles, 0.);
-    for (int64_t i = 0; i < window().tokens; ++i)
-      b_.shares.doubled[weights_.centre() + place[i] - place[0]] = weights_.scale()[i] * dots.of(i);
+    dots.for_each(window().tokens, [&](int64_t i, double dot) {
+      b_.shares.doubled[weights_.centre() + place[i] - place[0]] = weights_.scale()[i] * dot;
+    });
     const double* const shares = weights_.sum_boxes(room, b_.shares);
     for (int64_t e = 0; e < size; ++e) {
       const double weight = weights_.weight()[e];

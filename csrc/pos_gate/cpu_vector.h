@@ -100,6 +100,13 @@ inline void add_wide(double* to, Vec<A> v) {
     store(to, load<double>(to) + widened<A>(part_of<Narrow<A>, 1>(v)));
   }
 }
+// The sum of a vector's parts, each as many numbers as a vector of doubles has.
+template <class A>
+inline DoubleVec sum_of_parts(Vec<A> v) {
+  const DoubleVec first = widened<A>(part_of<Narrow<A>, 0>(v));
+  if constexpr (sizeof(Narrow<A>) < sizeof v) return first + widened<A>(part_of<Narrow<A>, 1>(v));
+  return first;
+}
 template <class V>
 inline V fill(ElementOf<V> a) {
   return a - V{};  // a minus zero is a, bit for bit; zero plus a is not, and would cost an addition
