@@ -11,8 +11,8 @@
 // far apart. So there is no dP, which would go through the second-level cache with every panel, and nothing is transposed
 // or folded: 14 loads for 49 multiply-adds.
 //
-// Three correlations in the place of four: be E(d) the sum over pairs of even rows of tokens, d rows apart, and O(d) that
-// over odd ones. Of rows an odd number apart one is even, and it comes first or second. Both kinds of pairs are among those
+// Three correlations in the place of four: let E(d) be the sum over pairs of even rows of tokens, d rows apart, and O(d)
+// that over odd ones. Of rows an odd number apart one is even, and it comes first or second. Both kinds of pairs are among those
 // of sums of two rows, v(t) = dU(2t - 1) + dU(2t) and w(t) = X1(2t) + X1(2t + 1): the sum over v(t) and w(t + k) is what is
 // wanted for 2k + 1, and E(2k) and O(2k + 2), which are there anyway. It has half as many pairs.
 // Flops: 2 for each pair of tokens and column, but where no displacement of two tiles has a weight that counts; half of them
