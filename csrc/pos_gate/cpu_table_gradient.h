@@ -337,10 +337,12 @@ class TableGradient {
     }
     return true;
   }
-  // Those displacements whose pairs all come one row nearer and one farther too. Few rows are not worth it.
+  // Those displacements whose pairs all come one row nearer and one farther too. Few rows are not worth it, and sums over
+  // few columns are so exact by themselves that the difference would show.
   void find_thirds() {
-    constexpr int64_t kFewRows = 7;
-    b_.thirds.assign(displacements(), box()[1] > kFewRows && rows_are_alike());
+    constexpr int64_t kManyRows = 8, kManyColumns = 192;
+    const bool apply = box()[1] >= kManyRows && window().columns >= kManyColumns && rows_are_alike();
+    b_.thirds.assign(displacements(), apply);
     for_each_displacement([&](int64_t n, int64_t, int64_t d1) { b_.thirds[n] &= char(d1 & 1); });
     for (size_t at = 0; at < b_.pairs.size(); at += displacements())
       for_each_displacement([&](int64_t n, int64_t, int64_t) {
