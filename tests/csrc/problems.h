@@ -29,9 +29,9 @@ struct Problem {
   std::vector<A> x, dz, table, matrix, bias, norm_weight, norm_bias;
 };
 
-// `long_line`: windows whose sums are taken in blocks.
+// `long_line`: windows whose sums are taken in blocks. `many_rows`: such as a table's gradient takes sums of rows of.
 template <class A>
-Problem<A> random_problem(bool long_line = false) {
+Problem<A> random_problem(bool long_line = false, bool many_rows = false) {
   Problem<A> p;
   Shape& s = p.shape;
   s.batch = pick(1, 3);
@@ -49,6 +49,15 @@ Problem<A> random_problem(bool long_line = false) {
     s.window[2] = pick(250, 900);
     s.shift[2] = pick(0, s.window[2] - 1);
     s.channels = s.groups * pick(1, 9);
+  }
+  if (many_rows) {
+    s.batch = pick(2, 3);
+    s.channels = s.groups * pick(96, 110);
+    for (int d = 0; d < kRank; ++d) {
+      s.window[d] = d == 0 ? pick(1, 2) : d == 1 ? pick(8, 11) : pick(4, 8);
+      s.map[d] = s.window[d] + (pick(0, 3) ? 0 : 1);
+      s.shift[d] = 0;
+    }
   }
   p.softmax = pick(0, 1);
   p.has_matrix = pick(0, 1);
