@@ -30,6 +30,10 @@ namespace {
 
 #include "cpu_mixing_gradient.h"
 
+#include "cpu_row_sums.h"
+
+#include "cpu_correlate.h"
+
 #include "cpu_table_gradient.h"
 
 #include "cpu_mixing.h"

@@ -6,10 +6,8 @@
 //   dR(d) = weight(d) * sum over i of (dU(i) . X1(i + d) - scale(i) * dU(i) . Y(i))     under one,
 // where i and i + d are tokens of the window: a correlation, of which a softmax takes off what all keys have in common.
 //
-// Tiling: a queries and b keys, each side by side in a row of tokens, are only a + b - 1 displacements apart: of 7 and 7
-// there are 49 products and 13 sums, a vector of columns each. These stay in registers over all pairs of tiles that lie as
-// far apart. So there is no dP, which would go through the second-level cache with every panel, and nothing is transposed
-// or folded: 14 loads for 49 multiply-adds.
+// So there is no dP, which would go through the second-level cache with every panel, and nothing is transposed or folded: tiles
+// of both panels are correlated (cpu_correlate.h).
 //
 // Three correlations in the place of four: let E(d) be the sum over pairs of even rows of tokens, d rows apart, and O(d)
 // that over odd ones. Of rows an odd number apart one is even, and it comes first or second. Both kinds of pairs are among those
@@ -18,69 +16,6 @@
 // Flops: 2 for each pair of tokens and column, but where no displacement of two tiles has a weight that counts; half of them
 // for rows an odd number apart.
 // No include guard: every instruction set compiles this text anew, inside its own namespace and target options.
-
-// The sum of each of as many vectors as one has lanes. Each of the log2(lanes) rounds interleaves the first half of them
-// with the second.
-template <class A, int kHalf = VectorOf<A>::kLanes / 2>
-inline Vec<A> sum_of_each(Vec<A>* vectors) {
-  if constexpr (kHalf > 0) {
-    constexpr auto kLaneNumbers = std::make_integer_sequence<int, VectorOf<A>::kLanes>();
-    for (int r = 0; r < kHalf; ++r) {
-      const Vec<A> a = vectors[r], b = vectors[r + kHalf];
-      vectors[r] = interleave<A, 0>(a, b, kLaneNumbers) + interleave<A, 1>(a, b, kLaneNumbers);
-    }
-    return sum_of_each<A, kHalf / 2>(vectors);
-  }
-  return vectors[0];
-}
-
-// For each of a window's tokens a sum over all columns: those of a panel are short, those over many panels are in double.
-template <class A>
-class RowSums {
- public:
-  void clear(int64_t tokens) { totals_.assign(round_up(tokens, kDoubles) * kDoubles, 0.); }
-
-  // A panel's part for the tokens from `token` on, one by one: the sum of its vectors, which are given in turn.
-  class Rows {
-   public:
-    Rows(RowSums& sums, int64_t token) : totals_(&sums.totals_[token * kDoubles]) {}
-
-    __attribute__((always_inline)) void add(int64_t k, int vector, Vec<A> term) {
-      sum_ = vector == 0 ? term : sum_ + term;
-      if (vector + 1 < kTileVectors) return;
-      double* const total = totals_ + k * kDoubles;
-      store(total, load<double>(total) + sum_of_parts<A>(sum_));
-    }
-
-   private:
-    double* totals_;
-    Vec<A> sum_{};
-  };
-  // Calls `use(token, sum)` for each.
-  template <class Use>
-  void for_each(int64_t tokens, const Use& use) const {
-    for (int64_t first = 0; first < tokens; first += kDoubles) {
-      DoubleVec sums[kDoubles];
-      for (int k = 0; k < kDoubles; ++k) sums[k] = load<double>(&totals_[(first + k) * kDoubles]);
-      const DoubleVec sum = sum_of_each<double>(sums);
-      for (int k = 0; k < std::min<int64_t>(kDoubles, tokens - first); ++k) use(first + k, sum[k]);
-    }
-  }
-
- private:
-  std::vector<double> totals_;
-};
-
-// Of a panel's rows what the bias's gradient wants, the sum of dU, and what a table's does, that of dU * Y.
-template <class A>
-struct PanelRowSums {
-  typename RowSums<A>::Rows of_du, of_products;
-
-  __attribute__((always_inline)) void add(int64_t k, int vector, Vec<A> du, Vec<A> y) {
-    of_du.add(k, vector, du);
-    of_products.add(k, vector, du * y);
-  }
-};
 
 // Takes its mean off each column of a panel, but where there is none that is finite. The rows of P sum to one, so that what
 // all keys have in common is in each Y and counts nothing in the table's gradient; there, a difference of two sums, its
@@ -101,76 +36,6 @@ void centre_columns(A* panel, int64_t tokens, A* means) {
       A* const at = panel + k * kPanelOf<A> + v * kLanes;
       store(at, load<A>(at) - mean[v]);
     }
-}
-
-// Pairs of tiles equally far apart: where the first one's begin in two panels, and those in other rows of tokens; in a line,
-// which has one row, those that follow.
-struct TilePairs {
-  int64_t left, right;
-  int64_t planes, rows, plane_stride, row_stride;
-};
-
-// Which pairs of a query r and a key s of two tiles: none, all of them, or those of one direction along a row of tokens,
-// which are little more than half.
-enum Pairs : char { kNoPairs, kAllPairs, kKeysBefore, kKeysAfter };  // s <= r, s >= r
-
-// to[s - r + kQueries - 1] += left[r, :] . right[s, :] for the queries r and keys s of two tiles, over all such pairs.
-template <class A, int kQueries, int kKeys, Pairs kPairs>
-__attribute__((noinline)) void correlate_tiles(const A* left, const A* right, const TilePairs& pairs, int64_t vectors,
-                                               double* to) {
-  constexpr int kLanes = VectorOf<A>::kLanes, kSums = kQueries + kKeys - 1, kPanel = kPanelOf<A>;
-  constexpr int kBegin = kPairs == kKeysAfter ? kQueries - 1 : 0, kEnd = kPairs == kKeysBefore ? kQueries : kSums;
-  // Displacements with most pairs have more sums than one, so that none waits for itself too often.
-  constexpr int kShorter = std::min(kQueries, kKeys);
-  constexpr bool kFew = kShorter <= 3 || kPairs != kAllPairs;  // multiplications for each load
-  constexpr int kParts = kFew ? 3 : 2, kFirst = kFew ? 0 : kShorter - 2, kLast = kSums - 1 - kFirst;
-  constexpr int kTogether = std::max(1, 64 / kVectorBytes);  // vectors, before sums go to the totals
-  Vec<A> totals[round_up(kSums, kLanes)] = {};  // of sums so short that they round little
-  left += pairs.left;
-  right += pairs.right;
-  for (int64_t plane = 0; plane < pairs.planes; ++plane, left += pairs.plane_stride, right += pairs.plane_stride)
-    for (int64_t first = 0; first < vectors; first += kTogether) {
-      Vec<A> sums[kParts][kSums] = {};
-      for (int64_t v = first; v < std::min(vectors, first + kTogether); ++v) {
-        const A *queries = left + v * kLanes, *keys = right + v * kLanes;
-        for (int64_t row = 0; row < pairs.rows; ++row, queries += pairs.row_stride, keys += pairs.row_stride) {
-          Vec<A> query[kQueries];
-#pragma GCC unroll 16
-          for (int r = 0; r < kQueries; ++r) query[r] = load<A>(queries + r * kPanel);
-#pragma GCC unroll 16
-          for (int s = 0; s < kKeys; ++s) {
-            const Vec<A> key = load<A>(keys + s * kPanel);
-#pragma GCC unroll 16
-            for (int r = 0; r < kQueries; ++r) {
-              const int sum = s - r + kQueries - 1;
-              if (sum < kBegin || sum >= kEnd) continue;
-              sums[sum >= kFirst && sum <= kLast ? r % kParts : 0][sum] += query[r] * key;
-            }
-          }
-        }
-      }
-      for (int sum = kBegin; sum < kEnd; ++sum) {
-        for (int part = 1; part < kParts; ++part) sums[0][sum] += sums[part][sum];
-        totals[sum] += sums[0][sum];
-      }
-    }
-  for (int first = 0; first < kSums; first += kLanes, to += kLanes) add_wide<A>(to, sum_of_each<A>(totals + first));
-}
-template <class A>
-using Correlate = void (*)(const A*, const A*, const TilePairs&, int64_t, double*);
-// For tiles of so many queries and keys.
-template <class A, int kQueries = kTileRows, int kKeys = kTileRows>
-inline Correlate<A> correlate_for(int64_t queries, int64_t keys, Pairs pairs) {
-  if constexpr (kQueries > kLeastRows)
-    if (queries < kQueries) return correlate_for<A, kQueries - 1, kKeys>(queries, keys, pairs);
-  if constexpr (kKeys > kLeastRows)
-    if (keys < kKeys) return correlate_for<A, kQueries, kKeys - 1>(queries, keys, pairs);
-  if constexpr (kTilesKeepToRows && few_of(std::min(kQueries, kKeys)) > 0) {  // with less to multiply, loads would decide
-    if (pairs == kKeysBefore) return correlate_tiles<A, kQueries, kKeys, kKeysBefore>;
-    if (pairs == kKeysAfter) return correlate_tiles<A, kQueries, kKeys, kKeysAfter>;
-  }
-  if constexpr (kTilesKeepToRows) return correlate_tiles<A, kQueries, kKeys, kAllPairs>;
-  return nullptr;
 }
 
 struct TableGradientBuffers {
@@ -343,6 +208,7 @@ class TableGradient {
     constexpr int64_t kManyRows = 8, kManyColumns = 192;
     const bool apply = box()[1] >= kManyRows && window().columns >= kManyColumns && rows_are_alike();
     b_.thirds.assign(displacements(), apply);
+    if (!apply) return;
     for_each_displacement([&](int64_t n, int64_t, int64_t d1) { b_.thirds[n] &= char(d1 & 1); });
     for (size_t at = 0; at < b_.pairs.size(); at += displacements())
       for_each_displacement([&](int64_t n, int64_t, int64_t) {
