@@ -37,6 +37,8 @@ struct Tile {
 
 constexpr bool kTilesKeepToRows = kLeastRows < kTileRows;
 
+constexpr int64_t kManyRows = 8;  // of tokens: with fewer it does not pay to make sums of two
+
 // The tiles of a window. If they may shrink, a row of tokens has tiles of its own, the last of them the highest and none
 // lower by more than one: its tokens lie side by side in the table too. Rows of very few are cut as if they were one.
 inline std::vector<Tile> tiles_of(const WindowClass& cls) {

@@ -38,6 +38,7 @@ class Packed {
   std::vector<E> weights;  // where the runs have theirs
   int32_t most_steps = 0;  // of a tile
   WindowSizes complete{};  // of a window all of whose weights are there, in the table; otherwise zeros
+  bool has_twins = false;  // whether there are three products for each two rows of tokens, as cpu_packing.h says
 
   int64_t tiles() const { return int64_t(tiles_.size()); }
   bool is_split() const { return now_.runs[kFirstRows] + now_.runs[kLastRows] > 0; }  // not all are of all rows

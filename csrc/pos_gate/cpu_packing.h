@@ -5,10 +5,19 @@
 // the tile's own: it is found once for all tiles above each other. Other tiles have weights of their own.
 // No include guard: every instruction set compiles this text anew, inside its own namespace and target options.
 
+//
+// Three products in the place of four: of rows of tokens 2t and 2t + 1, twins, the sums differ little in what they take of the
+// window, for so do weights one row nearer or farther. With R(d) what a row takes of one d rows away, and x0 and x1 the even
+// and the odd rows of the panel,
+//   y0(t) = sum over s of R(2(t - s)) x0(s) + R(2(t - s) - 1) x1(s) = m(t) - sum over s of C(2(t - s) - 1) x1(s),
+//   y1(t) = sum over s of R(2(t - s) + 1) x0(s) + R(2(t - s)) x1(s) = m(t) + sum over s of C(2(t - s)) x0(s),
+// where m(t) is the sum of R(2(t - s)) (x0(s) + x1(s)) and C(d) = R(d + 1) - R(d). All three are half as long. m is added last:
+// sums of small numbers round less.
+
 template <class A, class E>
 struct PackingBuffers {
   std::vector<double> entries;
-  std::vector<A> rounded;
+  std::vector<A> rounded, larger;  // larger: of an entry and the one a row of tokens on
   std::vector<typename Packed<E>::Mark> marks;
   struct Stretch {
     int32_t from, to;
@@ -34,19 +43,23 @@ class Packing {
   template <bool kRows>
   void pack(Packed<E>& packed) {
     packed.weights.clear();
+    const bool twins = has_twins();
     if (weights_.shared()) share_table<kRows>(packed);
+    if (twins) subtract_rows(packed);
     const size_t shared = packed.weights.size();
     // Where all weights are taken, their runs in the table depend on the window alone: those that are there may do.
     all_ = weights_.shared() && weights_.takes_all();
-    if (all_ && packed.complete == weights_.sizes_of_window()) return;
+    if (all_ && packed.complete == weights_.sizes_of_window() && packed.has_twins == twins) return;
     packed.clear();
+    packed.has_twins = twins;
+    together_ = twins ? 2 : 1;
     if (weights_.shared() && length() >= kLeastRows) {
       across_ = int64_t(window().tiles.size()) * length() / window().tokens;
       stack_tiles(kRows && window().cls.box[0] == 1 && weights_.has_levels());
       if constexpr (kDepth > 1)
         pack_pairs<kRows>(packed);
       else
-        pack_runs(packed);
+        twins ? pack_twins(packed) : pack_runs(packed);
     } else {
       for (const Tile& tile : window().tiles) {
         const Mark begin = packed.mark();
@@ -97,6 +110,28 @@ class Packing {
     }
   }
 
+  // ---- twins ----
+
+  bool has_twins() const {
+    const int64_t* const box = window().cls.box;
+    return kDepth == 1 && weights_.alike() && weights_.softmax() && box[0] == 1 && box[1] >= kManyRows && box[1] % 2 == 0 &&
+           length() >= kLeastRows;
+  }
+  // Behind the table what each entry lacks of the one a row of tokens on, and which of the two is larger.
+  void subtract_rows(Packed<E>& packed) {
+    if constexpr (kDepth == 1) {
+      const int64_t size = int64_t(packed.weights.size()), row = weights_.row_stride(), pairs = size - round_up(row, kLanes);
+      packed.weights.resize(2 * size);
+      b_.larger.resize(size);
+      A *const weights = packed.weights.data(), *const larger = b_.larger.data();
+      for (int64_t e = 0; e < pairs; e += kLanes) {
+        const Vec<A> one = load<A>(weights + e), next = load<A>(weights + e + row);
+        store(weights + size + e, next - one);
+        store(larger + e, next > one ? next : one);
+      }
+    }
+  }
+
   // ---- what tiles above each other have in common ----
 
   using Stack = typename PackingBuffers<A, E>::Stack;
@@ -109,37 +144,45 @@ class Packing {
     for (int64_t t = 0; t < across_; ++t)
       for (int64_t first = 0, last; first < rows; first = last + 1) {
         const auto level_of = [&](int64_t row) {
-          const Tile& tile = window().tiles[row * across_ + t];
-          return by_levels ? weights_.level(tile.first, tile.last) : 0;
+          const Tile &tile = tile_of(row, t), &last = tile_of(row + together_ - 1, t);
+          return by_levels ? weights_.level(tile.first, last.last) : 0;
         };
         const int level = level_of(first);
-        for (last = first; last + 1 < rows && level_of(last + 1) == level;) ++last;
+        for (last = first + together_ - 1; last + 1 < rows && level_of(last + 1) == level;) last += together_;
         b_.stacks.push_back({t, first, last, base, weights_.limit(level)});
         base += (2 * box[0] - 1) * displacements(b_.stacks.back());
       }
   }
-  int64_t displacements(const Stack& stack) const { return window().cls.box[1] + stack.last - stack.first; }  // in a plane
+  const Tile& tile_of(int64_t row, int64_t across) const { return window().tiles[row * across_ + across]; }
+  int64_t displacements(const Stack& stack) const {  // in a plane
+    return (window().cls.box[1] + stack.last - stack.first) / together_;
+  }
 
-  // Calls `work` for each stack and each displacement of a row of tokens from its tiles', by planes and rows.
+  // Calls `work` for each stack and each displacement of a row of tokens from its tiles', by planes and rows; of twins from the
+  // first one of two rows.
   template <class Work>
   void for_each_displacement(const Work& work) const {
     const int64_t* const box = window().cls.box;
     for (const Stack& stack : b_.stacks)
       for (int64_t d0 = 1 - box[0]; d0 < box[0]; ++d0)
-        for (int64_t d1 = -stack.last; d1 < box[1] - stack.first; ++d1) work(stack, d0, d1);
+        for (int64_t d1 = together_ - 1 - stack.last; d1 < box[1] - stack.first; d1 += together_) work(stack, d0, d1);
   }
-  // Calls `work(tile, i0, i1, stack, first)` for each tile of a row (i0, i1) of tokens. `first` is the number of the
+  // Calls `work(tile, i0, i1, stack, first)` for each tile of a row (i0, i1) of tokens, of twins the first one. `first` is the number of the
   // displacement of the first row of tokens; the others of the plane follow, and the next plane's are displacements(stack)
   // farther on.
   template <class Work>
   void for_each_tile(const Work& work) const {
     const int64_t* const box = window().cls.box;
-    const Tile* tile = window().tiles.data();
     for (int64_t i0 = 0; i0 < box[0]; ++i0)
-      for (int64_t i1 = 0; i1 < box[1]; ++i1)
-        for (const Stack& stack : b_.stacks)
-          if (stack.first <= i1 && i1 <= stack.last)
-            work(*tile++, i0, i1, stack, stack.base + (box[0] - 1 - i0) * displacements(stack) + stack.last - i1);
+      for (int64_t i1 = 0; i1 < box[1]; i1 += together_) for_each_tile(i0, i1, work);
+  }
+  template <class Work>
+  void for_each_tile(int64_t i0, int64_t i1, const Work& work) const {  // of one row
+    const int64_t* const box = window().cls.box;
+    for (const Stack& stack : b_.stacks)
+      if (stack.first <= i1 && i1 <= stack.last)
+        work(tile_of(i0 * box[1] + i1, stack.across), i0, i1, stack,
+             stack.base + (box[0] - 1 - i0) * displacements(stack) + (stack.last - i1) / together_);
   }
 
   // Of a row of tokens, counted from the first one of the tile's row, calls `use(at, from, all_from, all_to, to)` for what
@@ -149,7 +192,7 @@ class Packing {
   void for_each_stretch(const A* entries, const Stack& stack, int64_t d0, int64_t d1, const Use& use) const {
     const int64_t *box = window().cls.box, *place = window().place.data();
     const int64_t own = std::max<int64_t>(0, -d0) * box[1] + std::max(stack.first, -d1);  // a row that has another so far away
-    const Tile& tile = window().tiles[own * across_ + stack.across];
+    const Tile& tile = tile_of(own, stack.across);
     const Vec<A> limit = fill<Vec<A>>(stack.limit);
     const auto counting = [=](const A* from) { return bits_where_not_within(magnitude(load<A>(from)), limit); };
     const int64_t rows = tile.rows(), few = pays_to_split() ? few_of(rows) : 0;
@@ -184,20 +227,49 @@ class Packing {
     }
   }
 
-  void pack_runs(Packed<E>& packed) {
-    const int64_t planes = window().cls.box[0], rows = window().cls.box[1];
-    b_.marks.clear();
+  // For each displacement the runs whose entries count, and a mark where they begin. They are in the panel as many tokens
+  // before as `closer` is for two rows, and weights are in an array behind the table.
+  void find_runs(Packed<E>& packed, const A* entries, int64_t array, int64_t farther, int64_t closer) {
     for_each_displacement([&](const Stack& stack, int64_t d0, int64_t d1) {
       b_.marks.push_back(packed.mark());
       packed.make_room(divide_up(length(), 64));
-      const auto add = [&](int64_t at, int64_t from, int64_t all_from, int64_t all_to, int64_t to) {
-        packed.add(kAllRows, at - all_from, all_from * kPanelOf<A>, all_to - all_from, -1);
-        packed.add(kFirstRows, at - from, from * kPanelOf<A>, all_from - from, -1);
-        packed.add(kLastRows, at - all_to, all_to * kPanelOf<A>, to - all_to, -1);
+      const int64_t shift = d1 * closer / 2;
+      const auto add = [&](Rows rows, int64_t at, int64_t from, int64_t to) {
+        packed.add(rows, array + at - from, (from - shift) * kPanelOf<A>, to - from, -1);
       };
-      for_each_stretch(packed.weights.data(), stack, d0, d1, add);
+      const auto add_all = [&](int64_t at, int64_t from, int64_t all_from, int64_t all_to, int64_t to) {
+        add(kAllRows, at, all_from, all_to);
+        add(kFirstRows, at, from, all_from);
+        add(kLastRows, at, all_to, to);
+      };
+      for_each_stretch(entries, stack, d0, d1 + farther, add_all);
     });
     b_.marks.push_back(packed.mark());
+  }
+
+  // The tiles of sums of two rows of tokens, and then, for the first and the second row of each two, those of odd and even ones.
+  void pack_twins(Packed<E>& packed) {
+    b_.marks.clear();
+    const int64_t rows = window().cls.box[1], behind = int64_t(packed.weights.size()) / 2;
+    find_runs(packed, packed.weights.data(), 0, 0, length());
+    const int64_t count = int64_t(b_.marks.size());
+    find_runs(packed, b_.larger.data(), behind, 1, 0);
+    find_runs(packed, b_.larger.data(), behind, 0, 0);
+    const int64_t row = length() * kPanelOf<A>;
+    for_each_tile([&](const Tile&, int64_t, int64_t i1, const Stack&, int64_t first) {
+      end_tile(packed, b_.marks[first], b_.marks[first + rows / 2], i1 / 2 * row);
+    });
+    for (int64_t i1 = 0; i1 < rows; ++i1)
+      for_each_tile(0, i1 / 2 * 2, [&](const Tile&, int64_t, int64_t even, const Stack&, int64_t first) {
+        const Mark* const marks = &b_.marks[first + (i1 % 2 ? 2 * count : count)];
+        end_tile(packed, marks[0], marks[rows / 2], even * row);
+      });
+  }
+
+  void pack_runs(Packed<E>& packed) {
+    const int64_t planes = window().cls.box[0], rows = window().cls.box[1];
+    b_.marks.clear();
+    find_runs(packed, packed.weights.data(), 0, 0, 0);
     for_each_tile([&](const Tile&, int64_t i0, int64_t i1, const Stack& stack, int64_t first) {
       const Mark* marks = &b_.marks[first];
       const int64_t row = (i0 * rows + i1) * length() * kPanelOf<A>;
@@ -291,6 +363,7 @@ class Packing {
   const int64_t table_size_;
   const Weights<A>& weights_;
   PackingBuffers<A, E>& b_;
-  int64_t across_ = 1;  // tiles in a row of tokens
+  int64_t across_ = 1;    // tiles in a row of tokens
+  int64_t together_ = 1;  // rows of tokens whose tiles have runs in common
   bool all_ = false;    // whether to take all weights of the group at hand
 };

@@ -15,9 +15,11 @@ class Products {
   static constexpr bool kMayPassThrough = std::is_same_v<T, float> && std::is_same_v<E, A> &&
                                           kActivation != Activation::gelu_tanh;
 
-  // Tiles [kTileRows, kPanel]: the one at hand, and the one before it. And room for a panel of pairs.
-  A *y = nullptr, *done = nullptr;
+  // Tiles [kTileRows, kPanel]: the one at hand, and the one before it. What the products of twin rows have in common, [length of a
+  // row, kPanel] and room for a tile. And room for a panel of pairs.
+  A *y = nullptr, *done = nullptr, *common = nullptr;
   E* factor = nullptr;
+  const A* twins = nullptr;  // the sums of the multiplied panel's twin rows, where P is packed for that
 
   // The panel that is multiplied, whichever it is then, and what is asked for meanwhile.
   Products(const Panel& panel, Wanted& wanted) : panel_(panel), wanted_(wanted) {}
@@ -42,11 +44,17 @@ class Products {
       for (const Piece& piece : panel_.pieces) finish(piece, tile.first, tile.last);
       finish_rows(tile);
     };
+    const size_t before = twin_tiles(window, weights);
     for (size_t i = 0; i < window.tiles.size(); ++i) {
       const Tile& tile = window.tiles[i];
-      wanted_.begin_tile(tile, weights.runs_of(i).steps);
-      multiply(kernel_for<A*>(window, weights, tile), weights, i, operands, y, wanted_);
+      if (before > 0) multiply_twins(window, weights, i);
+      wanted_.begin_tile(tile, weights.runs_of(before + i).steps);
+      multiply(kernel_for<A*>(window, weights, tile), weights, before + i, operands, y, wanted_);
       wanted_.end_tile();
+      if (before > 0) {
+        const Common common = common_of(window, tile);
+        for (int64_t k = 0; k < tile.rows() * kPanel; ++k) y[k] = common.sums[k] + common.sign * y[k];
+      }
       if (i > 0) finish_tile(window.tiles[i - 1]);
       std::swap(y, done);
     }
@@ -58,16 +66,15 @@ class Products {
   // while the last one of another product is multiplied.
   template <class WayOut>
   void multiply_through(const Window& window, const Packed<E>& weights, const A* panel, const WayOut& way_out) {
-    using Out = decltype(way_out(window.tiles[0]));
-    const size_t count = window.tiles.size();
-    for (size_t i = 0; i < count; ++i) {
-      const Tile& tile = window.tiles[i];
-      const bool last = i + 1 == count;
-      const TileRuns& runs = weights.runs_of(i);
-      wanted_.begin_tile(window.tiles[last ? 0 : i + 1], runs.steps, last);
-      kernel_for<Out>(window, weights, tile)(runs, weights.weights.data(), panel + runs.row, way_out(tile), wanted_);
-      wanted_.end_tile();
-    }
+    if constexpr (kMayHaveTwins)
+      if (const size_t before = twin_tiles(window, weights))
+        return multiply_tiles(window, weights, before, panel, [&](const Tile& tile) {
+          return [=, out = way_out(tile), common = common_of(window, tile)](int64_t k, int v, Vec<A> y) mutable
+              __attribute__((always_inline)) {
+            out(k, v, load<A>(common.sums + k * kPanel + v * VectorOf<A>::kLanes) + common.sign * y);
+          };
+        });
+    multiply_tiles(window, weights, 0, panel, way_out);
   }
   // Whether to do so: where no sum is one of short sums, and no tile lower than the products'.
   bool passes_through(const Window& window, const Packed<E>& weights) const {
@@ -75,6 +82,51 @@ class Products {
   }
 
  private:
+  template <class WayOut>
+  void multiply_tiles(const Window& window, const Packed<E>& weights, size_t before, const A* panel, const WayOut& way_out) {
+    using Out = decltype(way_out(window.tiles[0]));
+    const size_t count = window.tiles.size(), ahead = before > 0 ? 2 : 1;
+    for (size_t i = 0; i < count; ++i) {
+      const Tile& tile = window.tiles[i];
+      if (before > 0) multiply_twins(window, weights, i);
+      const TileRuns& runs = weights.runs_of(before + i);
+      wanted_.begin_tile(window.tiles[(i + ahead) % count], runs.steps, i + ahead >= count);
+      kernel_for<Out>(window, weights, tile)(runs, weights.weights.data(), panel + runs.row, way_out(tile), wanted_);
+      wanted_.end_tile();
+    }
+  }
+
+  // ---- twins, as cpu_packing.h says ----
+
+  struct Common {
+    const A* sums;
+    A sign;
+  };
+  // Of a tile's product.
+  Common common_of(const Window& window, const Tile& tile) const {
+    const int64_t length = window.cls.box[2];
+    return {common + tile.first % length * kPanel, A(tile.first / length % 2 ? 1 : -1)};
+  }
+  // How many tiles are of sums of twin rows; the others come after them.
+  static size_t twin_tiles(const Window& window, const Packed<E>& weights) {
+    return weights.has_twins ? window.tiles.size() / 2 : 0;
+  }
+  // What the products of two rows of tokens have in common, if the first tile of them is next.
+  void multiply_twins(const Window& window, const Packed<E>& weights, size_t next) {
+    if constexpr (kMayHaveTwins) {
+      const size_t across = window.tiles.size() / window.cls.box[1];
+      if (next % (2 * across) > 0) return;
+      for (size_t t = 0; t < across; ++t) {
+        const size_t i = next / 2 + t;
+        wanted_.begin_twins({window.tiles[2 * i].first, window.tiles[2 * i + 1].last}, weights.runs_of(i).steps);
+        const Tile& tile = window.tiles[next + t];
+        multiply(kernel_for<A*>(window, weights, tile), weights, i, twins, common + tile.first % window.cls.box[2] * kPanel, wanted_);
+        wanted_.end_tile();
+      }
+    }
+  }
+
+  static constexpr bool kMayHaveTwins = std::is_same_v<E, A>;
   static constexpr bool kMaySplit = few_of(kTileRows) > 0 && kDepthOf<E> == 1;  // runs for a tile's first or last rows
   static constexpr int kAsksOfFew = kStepsAsk ? 2 : 1;  // lines that a step may ask for where a sum has few
 

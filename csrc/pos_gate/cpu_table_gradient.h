@@ -54,9 +54,9 @@ class TableGradient {
   // Whether that is how to find it: where products read the table, by tiles that lie within rows of tokens, and where many
   // pairs of them are equally far apart.
   bool applies() const {
-    constexpr int64_t kManyRows = 4;
+    constexpr int64_t kSomeRows = 4;
     if (!kTilesKeepToRows || !weights_.shared() || window().cls.box[2] < kLeastRows) return false;
-    return is_line() ? window().cls.box[2] % tiles_of_row() == 0 : rows() >= kManyRows;
+    return is_line() ? window().cls.box[2] % tiles_of_row() == 0 : rows() >= kSomeRows;
   }
 
   // For the weights' group and windows. Rows and tiles meet where a displacement has a weight that counts. Without a
@@ -80,11 +80,13 @@ class TableGradient {
     if (!thirds_.empty()) b_.odd.assign(size, 0.);
   }
 
-  // A panel's X1 [tokens, kPanel], while it is in the first-level cache. `room` is for two panels, until the panel's `add`.
-  void begin_panel(const A* x1, A* room) {
+  // A panel's X1 [tokens, kPanel], while it is in the first-level cache, and the sums of its twin rows if they are there. `room`
+  // is for two panels, until the panel's `add`.
+  void begin_panel(const A* x1, const A* twins, A* room) {
     x1_ = x1;
-    sums_ = room;
-    if (!thirds_.empty()) add_up_rows(x1, 0, sums_);
+    room_ = room;
+    twins_ = twins ? twins : room;
+    if (!thirds_.empty() && !twins) add_up_rows(x1, 0, room);
   }
   // The panel's part, given dU.
   void add(const A* du, int64_t columns) {
@@ -92,11 +94,10 @@ class TableGradient {
     for (const Meeting& meeting : meetings_)
       meeting.correlate(du, x1_, meeting.pairs, vectors, &(meeting.odd ? b_.odd : b_.sums)[meeting.entry]);
     if (thirds_.empty()) return;
-    const A* const keys = sums_;
-    A* const queries = sums_ + box()[0] * plane_of_sums();
+    A* const queries = room_ + box()[0] * plane_of_sums();
     add_up_rows(du, -1, queries);
     for (const Meeting& meeting : thirds_)
-      meeting.correlate(queries, keys, meeting.pairs, vectors, &b_.sums[meeting.entry]);
+      meeting.correlate(queries, twins_, meeting.pairs, vectors, &b_.sums[meeting.entry]);
   }
 
   // Adds the gradient, given the sums of dU * Y.
@@ -183,30 +184,11 @@ class TableGradient {
 
   // ---- rows an odd number apart, by sums of two ----
 
-  // A difference is as exact as what it is taken from. One row nearer there is one more pair of rows, whose dU has been
-  // scaled: it must not be larger by much than all others'.
-  bool rows_are_alike() const {
-    constexpr double kMuch = 4;
-    const int64_t length = box()[2], count = box()[1];
-    const auto largest = [=, scale = weights_.scale()](int64_t row) {
-      return *std::max_element(scale + row * length, scale + (row + 1) * length);
-    };
-    for (int64_t first = 0; first < rows(); first += count) {
-      double forth = largest(first), back = largest(first + count - 1);
-      for (int64_t row = 1; row < count; ++row) {
-        const double next = largest(first + row), before = largest(first + count - 1 - row);
-        if (next > kMuch * forth || before > kMuch * back) return false;
-        forth = std::max(forth, next);
-        back = std::max(back, before);
-      }
-    }
-    return true;
-  }
   // Those displacements whose pairs all come one row nearer and one farther too. Few rows are not worth it, and sums over
   // few columns are so exact by themselves that the difference would show.
   void find_thirds() {
-    constexpr int64_t kManyRows = 8, kManyColumns = 192;
-    const bool apply = box()[1] >= kManyRows && window().columns >= kManyColumns && rows_are_alike();
+    constexpr int64_t kManyColumns = 192;
+    const bool apply = box()[1] >= kManyRows && window().columns >= kManyColumns && weights_.alike();
     b_.thirds.assign(displacements(), apply);
     if (!apply) return;
     for_each_displacement([&](int64_t n, int64_t, int64_t d1) { b_.thirds[n] &= char(d1 & 1); });
@@ -294,7 +276,8 @@ class TableGradient {
   TableGradientBuffers& b_;
   std::vector<Meeting> meetings_, thirds_;  // of rows, and of sums of rows
   const A* x1_ = nullptr;  // of the panel at hand,
-  A* sums_ = nullptr;      // and sums of its rows
+  const A* twins_ = nullptr;  // sums of its rows,
+  A* room_ = nullptr;         // and room for those
   View table_;
   double least_ = 0;  // what a weight must exceed to count
 };

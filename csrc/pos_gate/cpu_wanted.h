@@ -74,8 +74,10 @@ class Wanted {
   Queue queue;  // a product takes it out and puts it back, so that it stays in registers meanwhile
 
   // From now on nothing.
-  void clear() {
+  void clear(bool has_twins = false) {
     lines_.clear();
+    has_twins_ = has_twins;
+    early_ = kAll;
     now_ = kAll;
     queue.pace_ = Queue::kOne;
     spread_ = false;
@@ -91,15 +93,22 @@ class Wanted {
       for (const char* line = row - size_t(row) % kLine; line < end; line += kLine) add(line, map.offset);
     }
   }
+  // What is added from now on is asked for by what twins have in common, if there is that.
+  void early() {
+    if (has_twins_ && now_ == kAll) early_ = lines_.size();
+  }
   // What is added from now on is for the panel or the product that follows.
   void then() { now_ = lines_.size(); }
 
   void begin_tile(const Tile& tile, int64_t steps, bool follows = false) {
     if (spread_) return;
     const size_t now = std::min(now_, lines_.size());
-    const auto [begin, end] = follows ? std::pair(now, lines_.size()) : std::pair(size_t(0), now);
-    ask_for(tile.first, tile.last, begin, end);
-    if (!kStepsAsk) keep_pace(int64_t(end - begin) * tile.rows(), steps);
+    const auto [begin, end] = follows ? std::pair(now, lines_.size()) : std::pair(size_t(0), std::min(early_, now));
+    ask_for(tile, begin, end, steps);
+  }
+  void begin_twins(const Tile& tiles, int64_t steps) {
+    const size_t now = std::min(now_, lines_.size());
+    if (!spread_) ask_for(tiles, std::min(early_, now), now, steps);
   }
   void end_tile() {
     if (!spread_) queue.ask_for_the_rest();
@@ -126,6 +135,10 @@ class Wanted {
     lines.first = first;
     lines.offset = offsets.data();
   }
+  void ask_for(const Tile& tile, size_t begin, size_t end, int64_t steps) {
+    ask_for(tile.first, tile.last, begin, end);
+    if (!kStepsAsk) keep_pace(int64_t(end - begin) * tile.rows(), steps);
+  }
   void ask_for(int64_t first, int64_t last, size_t begin, size_t end) {
     queue.lines_ = lines_.data() + begin;
     queue.end_ = lines_.data() + end;
@@ -139,7 +152,8 @@ class Wanted {
   }
 
   static constexpr size_t kAll = size_t(-1);
-  size_t now_ = kAll;  // of the lines; the others are for what follows
+  size_t now_ = kAll, early_ = kAll;  // of the lines; the others are for what follows
+  bool has_twins_ = false;
   std::vector<Queue::Lines> lines_;
   std::vector<int64_t> side_by_side_;  // offsets of lines
   bool spread_ = false;

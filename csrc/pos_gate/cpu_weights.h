@@ -82,6 +82,7 @@ class Weights {
     smallest_scale_ = factored_ ? smallest_of(b_.scale.data(), window.tokens) : 1;
     shared_ = factored_ && largest_scale_ < kMostShared;
     if (!factored_) build_dense(group);
+    alike_ = shared_ && rows_are_alike();
     find_limit();
   }
 
@@ -96,6 +97,9 @@ class Weights {
   bool factored() const { return factored_; }
   // Whether products may read the table as it is: their results, or what they are given, lack the rows' scales.
   bool shared() const { return shared_; }
+  // Whether no row of tokens has a scale much larger than all before or behind it. A difference is as exact as what it is
+  // taken from, and what is one row nearer may then be taken off.
+  bool alike() const { return alike_; }
   // What weight_of must exceed to be packed. Where sums of rows are of different orders, for the table's maximum lies far from
   // its centre, some queries may leave out far more: theirs is of a higher level, of which each is 8 times the one below.
   A limit() const { return limit_; }
@@ -115,6 +119,8 @@ class Weights {
     for (int64_t e = 0; e < size; ++e) count += b_.rounded[e] > limit_;
     return 2 * count >= size;
   }
+  bool softmax() const { return call_.softmax; }
+  int64_t row_stride() const { return shape_.table_view().map[1]; }  // of the table
   const double* weight() const { return b_.weight.data(); }  // of each entry of the table
   const double* scale() const { return b_.scale.data(); }    // of each query
   const A* dense(int64_t i) const { return &b_.dense[i * window_->tokens]; }
@@ -240,6 +246,22 @@ class Weights {
     }
   }
 
+  bool rows_are_alike() const {
+    constexpr double kMuch = 4;
+    const int64_t length = window_->cls.box[2], count = window_->cls.box[1];
+    const auto largest = [=, scale = b_.scale.data()](int64_t row) { return largest_of(scale + row * length, length); };
+    for (int64_t first = 0; first < window_->cls.box[0] * count; first += count) {
+      double forth = largest(first), back = largest(first + count - 1);
+      for (int64_t row = 1; row < count; ++row) {
+        const double next = largest(first + row), before = largest(first + count - 1 - row);
+        if (next > kMuch * forth || before > kMuch * back) return false;
+        forth = std::max(forth, next);
+        back = std::max(back, before);
+      }
+    }
+    return true;
+  }
+
   // ---- what may be left out ----
 
   // What each weight of a row of such a scale may be if all of them are as large.
@@ -353,5 +375,5 @@ class Weights {
   const double* row_sums_ = nullptr;      // of a softmax: of the box that begins at each entry
   double largest_scale_ = 1, smallest_scale_ = 1, least_ = 0;  // least_: of a softmax's weights
   A limit_ = 0;
-  bool factored_ = false, shared_ = false;
+  bool factored_ = false, shared_ = false, alike_ = false;
 };
