@@ -37,10 +37,9 @@ class Gate {
   ~Gate() { workspace_.release_if_large(); }
 
   void forward(int64_t thread) {
-    const int64_t panel = ld_ * kPanel;
-    Allotment<A> allot(workspace_.storage, panel + panel / 2 + common_size() + 2 * kTile, 5);
-    take(allot, {{&x1_, panel}, {&x1_twins_, panel / 2}, {&products_.common, common_size()}});
-    take(allot, {{&products_.y, kTile}, {&products_.done, kTile}});
+    Allotment<A> allot(workspace_.storage, ld_ * kPanel + 2 * kTile + common_size(), 4);
+    take(allot, {{&x1_, ld_ * kPanel}, {&products_.y, kTile}, {&products_.done, kTile}});
+    take(allot, {{&products_.common, common_size()}});
     Allotment<E> operands(workspace_.operands, kIsPaired ? ld_ / 2 * kPanel : 0, 1);
     take(operands, {{&products_.factor, kIsPaired ? ld_ / 2 * kPanel : 0}});
     if (int64_t(workspace_.groups.size()) < kept_groups()) workspace_.groups.resize(kept_groups());
@@ -54,7 +53,7 @@ class Gate {
         find_group(window);
         if (call_.streams && std::exchange(share, panel_.share) != panel_.share)
           ask_for_next_share(window, deal.end(thread));
-        load_panel<A>(call_, window, panel_, x_map(window, panel_, 0), x1_, nullptr, has_twins() ? x1_twins_ : nullptr);
+        load_panel<A>(call_, window, panel_, x_map(window, panel_, 0), x1_);
         forward_panel(window);
       });
     }
@@ -63,10 +62,10 @@ class Gate {
   void backward(int64_t thread) {
     const bool mixing = call_.dtable_parts || call_.dmatrix_parts;
     const int64_t panel = ld_ * kPanel, matrix = mixing ? ld_ * ld_ : 0;
-    Allotment<A> allot(workspace_.storage, (3 + 2 * kPanels) * panel + common_size() + 2 * kTile + matrix + kPanel, 11);
+    Allotment<A> allot(workspace_.storage, (2 + 2 * kPanels) * panel + 2 * kTile + common_size() + matrix + kPanel, 9);
     take(allot, {{&x1_, panel}, {&slope1_, panel}, {&du_, kPanels * panel}, {&x1_columns_, kPanels * panel}});
-    take(allot, {{&x1_twins_, panel / 2}, {&du_twins_, panel / 2}, {&products_.common, common_size()}});
     take(allot, {{&products_.y, kTile}, {&products_.done, kTile}, {&dp_, matrix}, {&mean_, kPanel}});
+    take(allot, {{&products_.common, common_size()}});
     const int64_t pairs = kIsPaired ? panel / 2 : 0;
     Allotment<E> operands(workspace_.operands, (1 + 2 * kPanels) * pairs, 3);
     take(operands, {{&products_.factor, pairs}, {&left_, kPanels * pairs}, {&right_, kPanels * pairs}});
@@ -89,12 +88,10 @@ class Gate {
       const int64_t slot = table_gradient_ ? 0 : index % kPanels;
       A* du = du_ + slot * size;
       if (panel_.columns < kPanel) clear({{x1_, size}, {du, size}, {products_.y, kTile}, {products_.done, kTile}});
-      load_panel<A>(call_, window, panel_, x_map(window, panel_, 0), x1_, slope1_, nullptr);
+      load_panel(call_, window, panel_, x_map(window, panel_, 0), x1_, slope1_);
       if (table_gradient_ && call_.softmax) centre_columns(x1_, window.tokens, mean_);
-      if (has_twins()) add_twins(window, x1_, 0, window.tokens, x1_twins_);
-      if (table_gradient_ && mixing) table_gradient_->begin_panel(x1_, has_twins() ? x1_twins_ : nullptr, x1_columns_);
+      if (table_gradient_ && mixing) table_gradient_->begin_panel(x1_, x1_columns_);
       backward_panel_to_x2(window, du);
-      if (has_twins()) add_twins(window, du, 0, window.tokens, du_twins_);
       backward_panel_to_x1(window, du);
       if (!mixing) return;
       if (table_gradient_) return table_gradient_->add(du, panel_.columns);
@@ -127,12 +124,10 @@ class Gate {
     workspace_.dots.clear(window.tokens);
   }
 
-  bool has_twins() const { return group_->rows.has_twins; }
   int64_t common_size() const { return ld_ / kManyRows * kPanel + kTile; }
 
   // Z = (P X1 + b) * X2
   void forward_panel(const Window& window) {
-    products_.twins = x1_twins_;
     const auto x2_map = x_map(window, panel_, shape_.channels);
     const auto z_map = this->z_map(window, panel_);
     const auto want = [&](const Panel& panel) {
@@ -143,7 +138,7 @@ class Gate {
     };
     const bool through = products_.passes_through(window, group_->rows);
     if (!call_.streams) {
-      wanted_.clear(has_twins());
+      wanted_.clear(group_->rows.has_twins);
       want(panel_);
       wanted_.then();
       if (through) want(next_panel_);
@@ -177,11 +172,10 @@ class Gate {
 
   // dX2 = dZ * (P X1 + b), and dU = dZ * X2, rows scaled, into `to_du`.
   void backward_panel_to_x2(const Window& window, A* to_du) {
-    products_.twins = x1_twins_;
     const auto x2_map = x_map(window, panel_, shape_.channels), dz_map = this->dz_map(window, panel_);
     const auto dx2_map = dx_map(window, panel_, shape_.channels);
     const bool through = products_.passes_through(window, group_->rows);
-    wanted_.clear(has_twins());
+    wanted_.clear(group_->rows.has_twins);
     want_x2_and_gradients(window, panel_);
     wanted_.then();
     if (through) want_dx1(window);
@@ -244,9 +238,8 @@ class Gate {
   template <class U>
   void multiply_into(const Map<U>& out, const Window& window, const A* du, const A* slopes) {
     if (call_.activation == Activation::none) slopes = nullptr;
-    products_.twins = du_twins_;
     const bool through = products_.passes_through(window, group_->columns);
-    wanted_.clear(has_twins());
+    wanted_.clear(group_->rows.has_twins);
     want_dx1(window);
     wanted_.then();
     if (through) want_x2_and_gradients(window, next_panel_);
@@ -440,7 +433,6 @@ class Gate {
   // Panels [tokens, kPanel], and kPanels of them for dP: dU, and X1 with tokens side by side.
   A *x1_ = nullptr, *slope1_ = nullptr, *du_ = nullptr, *x1_columns_ = nullptr;
   E *left_ = nullptr, *right_ = nullptr;  // room for pairs, for dP
-  A *x1_twins_ = nullptr, *du_twins_ = nullptr;  // the sums of their twin rows
   A* mean_ = nullptr;  // [kPanel], what a backward's x1 lacks
   A* dp_ = nullptr;  // [tokens, tokens] of the window class at hand
   int64_t ld_ = 0;

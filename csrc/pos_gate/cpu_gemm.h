@@ -108,7 +108,7 @@ constexpr int kStepsAtOnce = 1;
 // kPanel, of which kVectors vectors count and, if kHalf, half of the next. `out` is where the sums go, in rows of kPanel too,
 // or what is called with each vector of them, `out(row, vector, sum)`. Meanwhile the wanted cache lines are asked for.
 // Loops over registers are unrolled early: otherwise the sums leave them from one kind of rows to the next.
-template <class A, class E, int kAsks, bool kSplit, int kRows, int kVectors, bool kHalf, class Out>
+template <class A, class E, int kAsks, bool kSplit, bool kTwins, int kRows, int kVectors, bool kHalf, class Out>
 __attribute__((noinline)) void multiply_tile(const TileRuns& runs, const E* all_weights, const E* from, const Out& out,
                                              Wanted& wanted) {
   constexpr int kLanes = VectorOf<A>::kLanes, kPanel = kTileVectors * kLanes, kFew = kSplit ? few_of(kRows) : 0;
@@ -118,6 +118,7 @@ __attribute__((noinline)) void multiply_tile(const TileRuns& runs, const E* all_
     POSMLP_UNROLL for (int v = 0; v < kVectors; ++v) sums[r][v] = Vec<A>{};
     if (kHalf) halves[r] = Vec<A, kLanes / 2>{};
   }
+  [[maybe_unused]] const int64_t twin = runs.twin;
   Wanted::Queue queue = wanted.queue;
   const auto add = [&](auto first, auto last, const Run* run, const Run* const end) __attribute__((always_inline)) {
     constexpr int kFirst = first, kLast = last;
@@ -132,12 +133,14 @@ __attribute__((noinline)) void multiply_tile(const TileRuns& runs, const E* all_
         Operands<E> vectors[kVectors];
         POSMLP_UNROLL for (int v = 0; v < kVectors; ++v) {
           vectors[v] = Operands<E>(operands + v * kLanes);
+          if constexpr (kTwins) vectors[v].values += load<E>(operands + twin + v * kLanes);
           if (kLast - kFirst < kRows) POSMLP_KEEP(vectors[v].values);  // for three rows GCC reads it three times
         }
         POSMLP_UNROLL for (int r = kFirst; r < kLast; ++r)
           POSMLP_UNROLL for (int v = 0; v < kVectors; ++v) sums[r][v] = vectors[v].times(weights[r], sums[r][v]);
         if constexpr (kHalf) {
-          const auto half = load<E, kLanes / 2>(operands + kVectors * kLanes);
+          auto half = load<E, kLanes / 2>(operands + kVectors * kLanes);
+          if constexpr (kTwins) half += load<E, kLanes / 2>(operands + twin + kVectors * kLanes);
           POSMLP_UNROLL for (int r = kFirst; r < kLast; ++r) halves[r] += weights[r] * half;
         }
         operands += kPanel;
@@ -172,21 +175,21 @@ __attribute__((noinline)) void multiply_tile(const TileRuns& runs, const E* all_
 // in halves.
 template <class E, class Out>
 using Multiply = void (*)(const TileRuns&, const E*, const E*, const Out&, Wanted&);
-template <class A, class E, class Out, int kAsks, bool kSplit, int kRows = kTileRows>
+template <class A, class E, class Out, int kAsks, bool kSplit, bool kTwins, int kRows = kTileRows>
 inline Multiply<E, Out> multiply_for(int64_t rows, int64_t columns) {
   if constexpr (kRows > kLeastRows)
-    if (rows < kRows) return multiply_for<A, E, Out, kAsks, kSplit, kRows - 1>(rows, columns);
+    if (rows < kRows) return multiply_for<A, E, Out, kAsks, kSplit, kTwins, kRows - 1>(rows, columns);
   constexpr int64_t kLanes = VectorOf<A>::kLanes;
   constexpr bool kHalves = kVectorBytes == 64 && kDepthOf<E> == 1;
   const int64_t vectors = divide_up(columns, kLanes);
   const bool half = kHalves && (columns - 1) % kLanes < kLanes / 2;
   if constexpr (std::is_pointer_v<Out>) {  // anything else takes full panels
-    if (vectors == 3 && half) return multiply_tile<A, E, kAsks, kSplit, kRows, 2, kHalves, Out>;
-    if (vectors == 2 && half) return multiply_tile<A, E, kAsks, kSplit, kRows, 1, kHalves, Out>;
-    if (vectors == 2) return multiply_tile<A, E, kAsks, kSplit, kRows, 2, false, Out>;
-    if (vectors == 1) return multiply_tile<A, E, kAsks, kSplit, kRows, 1, false, Out>;
+    if (vectors == 3 && half) return multiply_tile<A, E, kAsks, kSplit, kTwins, kRows, 2, kHalves, Out>;
+    if (vectors == 2 && half) return multiply_tile<A, E, kAsks, kSplit, kTwins, kRows, 1, kHalves, Out>;
+    if (vectors == 2) return multiply_tile<A, E, kAsks, kSplit, kTwins, kRows, 2, false, Out>;
+    if (vectors == 1) return multiply_tile<A, E, kAsks, kSplit, kTwins, kRows, 1, false, Out>;
   }
-  return multiply_tile<A, E, kAsks, kSplit, kRows, 3, false, Out>;
+  return multiply_tile<A, E, kAsks, kSplit, kTwins, kRows, 3, false, Out>;
 }
 static_assert(kTileVectors == 3);
 

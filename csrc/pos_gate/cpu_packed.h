@@ -22,7 +22,7 @@ struct TileRuns {
   struct {
     const Run *begin, *end;
   } of[kRowKinds];
-  int64_t steps, row;
+  int64_t steps, row, twin;  // twin: how far the row is that is added to each, for what twins have in common
 };
 
 // P or its transpose, cut into tiles. Only what matters is there: for each tile the steps in which any of its rows has a
@@ -100,27 +100,28 @@ class Packed {
   // The tile at hand, which has what was added since the last one, or one with what lies between two marks. It has a step
   // at least.
   void end_tile() { end_tile(begin_, now_, 0); }
-  void end_tile(const Mark& begin, const Mark& end, int64_t row) {
-    parts_.push_back({begin, end, row});
+  void end_tile(const Mark& begin, const Mark& end, int64_t row, int64_t twin = 0) {
+    parts_.push_back({begin, end, row, twin});
     most_steps = std::max(most_steps, end.steps - begin.steps);
     begin_ = now_;
   }
   // After the last tile: from now on all runs stay where they are.
   void finish() {
     tiles_.clear();
-    for (const auto& [begin, end, row] : parts_) {
+    for (const auto& [begin, end, row, twin] : parts_) {
       TileRuns& tile = tiles_.emplace_back();
       for (int kind = 0; kind < kRowKinds; ++kind)
         tile.of[kind] = {runs_[kind].data() + begin.runs[kind], runs_[kind].data() + end.runs[kind]};
       tile.steps = end.steps - begin.steps;
       tile.row = row;
+      tile.twin = twin;
     }
   }
 
  private:
   struct Part {
     Mark begin, end;
-    int64_t row;
+    int64_t row, twin;
   };
 
   std::vector<Run> runs_[kRowKinds];  // with room for more

@@ -227,15 +227,14 @@ class Packing {
     }
   }
 
-  // For each displacement the runs whose entries count, and a mark where they begin. They are in the panel as many tokens
-  // before as `closer` is for two rows, and weights are in an array behind the table.
-  void find_runs(Packed<E>& packed, const A* entries, int64_t array, int64_t farther, int64_t closer) {
+  // For each displacement, some rows farther, the runs whose entries count, and a mark where they begin. Weights are in an array
+  // behind the table.
+  void find_runs(Packed<E>& packed, const A* entries, int64_t array, int64_t farther) {
     for_each_displacement([&](const Stack& stack, int64_t d0, int64_t d1) {
       b_.marks.push_back(packed.mark());
       packed.make_room(divide_up(length(), 64));
-      const int64_t shift = d1 * closer / 2;
       const auto add = [&](Rows rows, int64_t at, int64_t from, int64_t to) {
-        packed.add(rows, array + at - from, (from - shift) * kPanelOf<A>, to - from, -1);
+        packed.add(rows, array + at - from, from * kPanelOf<A>, to - from, -1);
       };
       const auto add_all = [&](int64_t at, int64_t from, int64_t all_from, int64_t all_to, int64_t to) {
         add(kAllRows, at, all_from, all_to);
@@ -251,13 +250,13 @@ class Packing {
   void pack_twins(Packed<E>& packed) {
     b_.marks.clear();
     const int64_t rows = window().cls.box[1], behind = int64_t(packed.weights.size()) / 2;
-    find_runs(packed, packed.weights.data(), 0, 0, length());
+    find_runs(packed, packed.weights.data(), 0, 0);
     const int64_t count = int64_t(b_.marks.size());
-    find_runs(packed, b_.larger.data(), behind, 1, 0);
-    find_runs(packed, b_.larger.data(), behind, 0, 0);
+    find_runs(packed, b_.larger.data(), behind, 1);
+    find_runs(packed, b_.larger.data(), behind, 0);
     const int64_t row = length() * kPanelOf<A>;
     for_each_tile([&](const Tile&, int64_t, int64_t i1, const Stack&, int64_t first) {
-      end_tile(packed, b_.marks[first], b_.marks[first + rows / 2], i1 / 2 * row);
+      end_tile(packed, b_.marks[first], b_.marks[first + rows / 2], i1 * row, row);
     });
     for (int64_t i1 = 0; i1 < rows; ++i1)
       for_each_tile(0, i1 / 2 * 2, [&](const Tile&, int64_t, int64_t even, const Stack&, int64_t first) {
@@ -269,7 +268,7 @@ class Packing {
   void pack_runs(Packed<E>& packed) {
     const int64_t planes = window().cls.box[0], rows = window().cls.box[1];
     b_.marks.clear();
-    find_runs(packed, packed.weights.data(), 0, 0, 0);
+    find_runs(packed, packed.weights.data(), 0, 0);
     for_each_tile([&](const Tile&, int64_t i0, int64_t i1, const Stack& stack, int64_t first) {
       const Mark* marks = &b_.marks[first];
       const int64_t row = (i0 * rows + i1) * length() * kPanelOf<A>;
@@ -320,7 +319,7 @@ class Packing {
   }
 
   // A tile must have a step: without a weight that counts it is one of zeros.
-  static void end_tile(Packed<E>& packed, Mark begin, Mark end, int64_t row) {
+  static void end_tile(Packed<E>& packed, Mark begin, Mark end, int64_t row, int64_t twin = 0) {
     if (begin.steps == end.steps) {
       begin = packed.mark();
       packed.add(int64_t(packed.weights.size()), 0, 1, 0);
@@ -328,7 +327,7 @@ class Packing {
       end = packed.mark();
       row = 0;
     }
-    packed.end_tile(begin, end, row);
+    packed.end_tile(begin, end, row, twin);
   }
 
   // Adds a step with weights of its own, unless none is to be taken or the tile has it already.

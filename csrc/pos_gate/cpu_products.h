@@ -19,7 +19,6 @@ class Products {
   // row, kPanel] and room for a tile. And room for a panel of pairs.
   A *y = nullptr, *done = nullptr, *common = nullptr;
   E* factor = nullptr;
-  const A* twins = nullptr;  // the sums of the multiplied panel's twin rows, where P is packed for that
 
   // The panel that is multiplied, whichever it is then, and what is asked for meanwhile.
   Products(const Panel& panel, Wanted& wanted) : panel_(panel), wanted_(wanted) {}
@@ -47,7 +46,7 @@ class Products {
     const size_t before = twin_tiles(window, weights);
     for (size_t i = 0; i < window.tiles.size(); ++i) {
       const Tile& tile = window.tiles[i];
-      if (before > 0) multiply_twins(window, weights, i);
+      if (before > 0) multiply_twins(window, weights, panel, i);
       wanted_.begin_tile(tile, weights.runs_of(before + i).steps);
       multiply(kernel_for<A*>(window, weights, tile), weights, before + i, operands, y, wanted_);
       wanted_.end_tile();
@@ -88,7 +87,7 @@ class Products {
     const size_t count = window.tiles.size(), ahead = before > 0 ? 2 : 1;
     for (size_t i = 0; i < count; ++i) {
       const Tile& tile = window.tiles[i];
-      if (before > 0) multiply_twins(window, weights, i);
+      if (before > 0) multiply_twins(window, weights, panel, i);
       const TileRuns& runs = weights.runs_of(before + i);
       wanted_.begin_tile(window.tiles[(i + ahead) % count], runs.steps, i + ahead >= count);
       kernel_for<Out>(window, weights, tile)(runs, weights.weights.data(), panel + runs.row, way_out(tile), wanted_);
@@ -112,7 +111,7 @@ class Products {
     return weights.has_twins ? window.tiles.size() / 2 : 0;
   }
   // What the products of two rows of tokens have in common, if the first tile of them is next.
-  void multiply_twins(const Window& window, const Packed<E>& weights, size_t next) {
+  void multiply_twins(const Window& window, const Packed<E>& weights, const A* panel, size_t next) {
     if constexpr (kMayHaveTwins) {
       const size_t across = window.tiles.size() / window.cls.box[1];
       if (next % (2 * across) > 0) return;
@@ -120,7 +119,7 @@ class Products {
         const size_t i = next / 2 + t;
         wanted_.begin_twins({window.tiles[2 * i].first, window.tiles[2 * i + 1].last}, weights.runs_of(i).steps);
         const Tile& tile = window.tiles[next + t];
-        multiply(kernel_for<A*>(window, weights, tile), weights, i, twins, common + tile.first % window.cls.box[2] * kPanel, wanted_);
+        multiply(kernel_for<A*, true>(window, weights, tile), weights, i, panel, common + tile.first % window.cls.box[2] * kPanel, wanted_);
         wanted_.end_tile();
       }
     }
@@ -132,14 +131,14 @@ class Products {
 
   static int64_t steps_of(const Window& window) { return divide_up(window.tokens, kDepthOf<E>); }  // of a whole sum
 
-  template <class Out>
+  template <class Out, bool kTwins = false>
   Multiply<E, Out> kernel_for(const Window& window, const Packed<E>& weights, const Tile& tile) const {
     // Sums of few steps have more lines to ask for than steps; otherwise two at a time get in each other's way. Windows of
     // so few are never split.
     const int64_t rows = tile.rows(), columns = panel_.columns;
-    if (steps_of(window) <= 64) return multiply_for<A, E, Out, kAsksOfFew, false>(rows, columns);
-    if (weights.is_split()) return multiply_for<A, E, Out, 1, kMaySplit>(rows, columns);
-    return multiply_for<A, E, Out, 1, false>(rows, columns);
+    if (steps_of(window) <= 64) return multiply_for<A, E, Out, kAsksOfFew, false, kTwins>(rows, columns);
+    if (weights.is_split()) return multiply_for<A, E, Out, 1, kMaySplit, kTwins>(rows, columns);
+    return multiply_for<A, E, Out, 1, false, kTwins>(rows, columns);
   }
 
   const Panel& panel_;

@@ -80,13 +80,11 @@ class TableGradient {
     if (!thirds_.empty()) b_.odd.assign(size, 0.);
   }
 
-  // A panel's X1 [tokens, kPanel], while it is in the first-level cache, and the sums of its twin rows if they are there. `room`
-  // is for two panels, until the panel's `add`.
-  void begin_panel(const A* x1, const A* twins, A* room) {
+  // A panel's X1 [tokens, kPanel], while it is in the first-level cache. `room` is for two panels, until the panel's `add`.
+  void begin_panel(const A* x1, A* room) {
     x1_ = x1;
-    room_ = room;
-    twins_ = twins ? twins : room;
-    if (!thirds_.empty() && !twins) add_up_rows(x1, 0, room);
+    sums_ = room;
+    if (!thirds_.empty()) add_up_rows(x1, 0, sums_);
   }
   // The panel's part, given dU.
   void add(const A* du, int64_t columns) {
@@ -94,10 +92,11 @@ class TableGradient {
     for (const Meeting& meeting : meetings_)
       meeting.correlate(du, x1_, meeting.pairs, vectors, &(meeting.odd ? b_.odd : b_.sums)[meeting.entry]);
     if (thirds_.empty()) return;
-    A* const queries = room_ + box()[0] * plane_of_sums();
+    const A* const keys = sums_;
+    A* const queries = sums_ + box()[0] * plane_of_sums();
     add_up_rows(du, -1, queries);
     for (const Meeting& meeting : thirds_)
-      meeting.correlate(queries, twins_, meeting.pairs, vectors, &b_.sums[meeting.entry]);
+      meeting.correlate(queries, keys, meeting.pairs, vectors, &b_.sums[meeting.entry]);
   }
 
   // Adds the gradient, given the sums of dU * Y.
@@ -276,8 +275,7 @@ class TableGradient {
   TableGradientBuffers& b_;
   std::vector<Meeting> meetings_, thirds_;  // of rows, and of sums of rows
   const A* x1_ = nullptr;  // of the panel at hand,
-  const A* twins_ = nullptr;  // sums of its rows,
-  A* room_ = nullptr;         // and room for those
+  A* sums_ = nullptr;      // and sums of its rows
   View table_;
   double least_ = 0;  // what a weight must exceed to count
 };

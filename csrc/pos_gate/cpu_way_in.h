@@ -15,19 +15,10 @@ void normalise(const Call& call, const Window& window, const Panel& panel, A* to
     }
 }
 
-// The sums of twin rows (cpu_packing.h) of a panel, from one token to another.
-template <class A>
-void add_twins(const Window& window, const A* panel, int64_t first, int64_t last, A* sums) {
-  const int64_t size = window.cls.box[2] * kPanelOf<A>, end = last * kPanelOf<A>;
-  for (int64_t even = first * kPanelOf<A>; even < end; even += 2 * size)
-    for (int64_t c = 0; c < size; c += VectorOf<A>::kLanes)
-      store(sums + even / 2 + c, load<A>(panel + even + c) + load<A>(panel + even + size + c));
-}
-
-// `slopes`, if any, get those of the activation, and `twins` the sums of twin rows.
+// `slopes`, if any, get those of the activation.
 template <class A, class T>
-void load_panel(const Call& call, const Window& window, const Panel& panel, const Map<const T>& map, A* to, A* slopes,
-                A* twins) {
+void load_panel(const Call& call, const Window& window, const Panel& panel, const Map<const T>& map, A* to,
+                A* slopes = nullptr) {
   constexpr int kLanes = VectorOf<A>::kLanes;
   constexpr int64_t kPanel = kPanelOf<A>;
   with_constant(call.activation, [&](auto activation) {
@@ -36,15 +27,9 @@ void load_panel(const Call& call, const Window& window, const Panel& panel, cons
     };
     const auto from_seats = [&](auto seating) {
       const Seats<seating, A, const T> seats(map, panel);
-      const bool adds = twins && !call.norm_weight;  // while they are at hand
-      const int64_t tokens = adds ? 2 * window.cls.box[2] : window.tokens;
-      for (int64_t first = 0; first < window.tokens; first += tokens) {
-        for (int64_t k = first; k < first + tokens; ++k)
-          POSMLP_UNROLL for (int v = 0; v < kTileVectors; ++v)
-            put(std::integral_constant<int, kLanes>(), k * kPanel + v * kLanes, seats.load(k, v));
-        if (adds) add_twins(window, to, first, first + tokens, twins);
-      }
-      if (adds) twins = nullptr;
+      for (int64_t k = 0; k < window.tokens; ++k)
+        POSMLP_UNROLL for (int v = 0; v < kTileVectors; ++v)
+          put(std::integral_constant<int, kLanes>(), k * kPanel + v * kLanes, seats.load(k, v));
     };
     if (with_seating<A>(panel, from_seats)) return;
     for (const Tile& tile : window.tiles)
@@ -61,5 +46,4 @@ void load_panel(const Call& call, const Window& window, const Panel& panel, cons
     });
   });
   if (call.norm_weight) normalise(call, window, panel, to);
-  if (twins) add_twins(window, to, 0, window.tokens, twins);
 }
