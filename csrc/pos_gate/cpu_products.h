@@ -43,18 +43,17 @@ class Products {
       for (const Piece& piece : panel_.pieces) finish(piece, tile.first, tile.last);
       finish_rows(tile);
     };
-    const size_t before = twin_tiles(window, weights);
-    for (size_t i = 0; i < window.tiles.size(); ++i) {
-      const Tile& tile = window.tiles[i];
-      if (before > 0) multiply_twins(window, weights, panel, i);
-      wanted_.begin_tile(tile, weights.runs_of(before + i).steps);
-      multiply(kernel_for<A*>(window, weights, tile), weights, before + i, operands, y, wanted_);
+    for (Walk walk(window, weights); walk.tile < window.tiles.size(); walk.go_on()) {
+      const Tile& tile = window.tiles[walk.tile];
+      if (walk.at_twins()) multiply_twins(window, weights, panel, walk);
+      wanted_.begin_tile(tile, weights.runs_of(walk.packed()).steps);
+      multiply(kernel_for<A*>(window, weights, tile), weights, walk.packed(), operands, y, wanted_);
       wanted_.end_tile();
-      if (before > 0) {
-        const Common common = common_of(window, tile);
-        for (int64_t k = 0; k < tile.rows() * kPanel; ++k) y[k] = common.sums[k] + common.sign * y[k];
+      if (walk.twins > 0) {
+        const auto [common, sign] = common_of(window, walk);
+        for (int64_t k = 0; k < tile.rows() * kPanel; ++k) y[k] = common[k] + sign * y[k];
       }
-      if (i > 0) finish_tile(window.tiles[i - 1]);
+      if (walk.tile > 0) finish_tile(window.tiles[walk.tile - 1]);
       std::swap(y, done);
     }
     finish_tile(window.tiles.back());
@@ -65,15 +64,15 @@ class Products {
   // while the last one of another product is multiplied.
   template <class WayOut>
   void multiply_through(const Window& window, const Packed<E>& weights, const A* panel, const WayOut& way_out) {
-    if constexpr (kMayHaveTwins)
-      if (const size_t before = twin_tiles(window, weights))
-        return multiply_tiles(window, weights, before, panel, [&](const Tile& tile) {
-          return [=, out = way_out(tile), common = common_of(window, tile)](int64_t k, int v, Vec<A> y) mutable
-              __attribute__((always_inline)) {
-            out(k, v, load<A>(common.sums + k * kPanel + v * VectorOf<A>::kLanes) + common.sign * y);
-          };
-        });
-    multiply_tiles(window, weights, 0, panel, way_out);
+    if (!weights.has_twins)
+      return multiply_tiles(window, weights, panel, [&](const Walk& walk) { return way_out(window.tiles[walk.tile]); });
+    multiply_tiles(window, weights, panel, [&](const Walk& walk) {
+      const auto [common, sign] = common_of(window, walk);
+      return [out = way_out(window.tiles[walk.tile]), common = common, sign = sign](int64_t k, int v, Vec<A> y) mutable
+          __attribute__((always_inline)) {
+        out(k, v, load<A>(common + k * kPanel + v * VectorOf<A>::kLanes) + sign * y);
+      };
+    });
   }
   // Whether to do so: where no sum is one of short sums, and no tile lower than the products'.
   bool passes_through(const Window& window, const Packed<E>& weights) const {
@@ -81,48 +80,54 @@ class Products {
   }
 
  private:
+  // Through the tiles of a window, row of tokens by row. P may be packed for twin rows, as cpu_packing.h says: then as many tiles
+  // as half of them, of what twins have in common, are packed before.
+  struct Walk {
+    size_t tile = 0, of_twins = 0;  // of_twins: which one of two rows'
+    const size_t across, twins;     // tiles of a row; those packed before
+
+    Walk(const Window& window, const Packed<E>& weights)
+        : across(weights.has_twins ? window.tiles.size() / window.cls.box[1] : 0),
+          twins(weights.has_twins ? window.tiles.size() / 2 : 0) {}
+    void go_on() {
+      ++tile;
+      of_twins = of_twins + 1 == 2 * across ? 0 : of_twins + 1;
+    }
+    size_t packed() const { return twins + tile; }
+    bool at_twins() const { return twins > 0 && of_twins == 0; }
+    bool is_odd() const { return of_twins >= across; }
+  };
+
   template <class WayOut>
-  void multiply_tiles(const Window& window, const Packed<E>& weights, size_t before, const A* panel, const WayOut& way_out) {
-    using Out = decltype(way_out(window.tiles[0]));
-    const size_t count = window.tiles.size(), ahead = before > 0 ? 2 : 1;
-    for (size_t i = 0; i < count; ++i) {
-      const Tile& tile = window.tiles[i];
-      if (before > 0) multiply_twins(window, weights, panel, i);
-      const TileRuns& runs = weights.runs_of(before + i);
-      wanted_.begin_tile(window.tiles[(i + ahead) % count], runs.steps, i + ahead >= count);
-      kernel_for<Out>(window, weights, tile)(runs, weights.weights.data(), panel + runs.row, way_out(tile), wanted_);
+  void multiply_tiles(const Window& window, const Packed<E>& weights, const A* panel, const WayOut& way_out) {
+    using Out = decltype(way_out(Walk(window, weights)));
+    const size_t count = window.tiles.size(), ahead = weights.has_twins ? 2 : 1;  // twins have half as many steps
+    for (Walk walk(window, weights); walk.tile < count; walk.go_on()) {
+      const Tile& tile = window.tiles[walk.tile];
+      if (walk.at_twins()) multiply_twins(window, weights, panel, walk);
+      const TileRuns& runs = weights.runs_of(walk.packed());
+      const size_t next = walk.tile + ahead;
+      wanted_.begin_tile(window.tiles[next < count ? next : next - count], runs.steps, next >= count);
+      kernel_for<Out>(window, weights, tile)(runs, weights.weights.data(), panel + runs.row, way_out(walk), wanted_);
       wanted_.end_tile();
     }
   }
 
-  // ---- twins, as cpu_packing.h says ----
-
-  struct Common {
-    const A* sums;
-    A sign;
-  };
-  // Of a tile's product.
-  Common common_of(const Window& window, const Tile& tile) const {
-    const int64_t length = window.cls.box[2];
-    return {common + tile.first % length * kPanel, A(tile.first / length % 2 ? 1 : -1)};
-  }
-  // How many tiles are of sums of twin rows; the others come after them.
-  static size_t twin_tiles(const Window& window, const Packed<E>& weights) {
-    return weights.has_twins ? window.tiles.size() / 2 : 0;
-  }
-  // What the products of two rows of tokens have in common, if the first tile of them is next.
-  void multiply_twins(const Window& window, const Packed<E>& weights, const A* panel, size_t next) {
-    if constexpr (kMayHaveTwins) {
-      const size_t across = window.tiles.size() / window.cls.box[1];
-      if (next % (2 * across) > 0) return;
-      for (size_t t = 0; t < across; ++t) {
-        const size_t i = next / 2 + t;
+  // What the products of two rows have in common, before the first tile of them.
+  void multiply_twins(const Window& window, const Packed<E>& weights, const A* panel, Walk walk) {
+    if constexpr (kMayHaveTwins)
+      for (size_t i = walk.tile / 2, last = i + walk.across; i < last; ++i, walk.go_on()) {
+        const Tile& tile = window.tiles[walk.tile];
         wanted_.begin_twins({window.tiles[2 * i].first, window.tiles[2 * i + 1].last}, weights.runs_of(i).steps);
-        const Tile& tile = window.tiles[next + t];
-        multiply(kernel_for<A*, true>(window, weights, tile), weights, i, panel, common + tile.first % window.cls.box[2] * kPanel, wanted_);
+        multiply(kernel_for<A*, true>(window, weights, tile), weights, i, panel, common_of(window, walk).first, wanted_);
         wanted_.end_tile();
       }
-    }
+  }
+  // That of a tile, and what the tile's own product is to be multiplied with before it is added.
+  std::pair<A*, A> common_of(const Window& window, const Walk& walk) const {
+    const Tile *const tile = &window.tiles[walk.tile], *const first = tile - walk.of_twins;
+    const int64_t token = tile->first - (walk.is_odd() ? first[walk.across].first : first->first);
+    return {common + token * kPanel, A(walk.is_odd() ? 1 : -1)};
   }
 
   static constexpr bool kMayHaveTwins = std::is_same_v<E, A>;
