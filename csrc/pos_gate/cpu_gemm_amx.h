@@ -49,7 +49,7 @@ inline void store_sums(float* to, int64_t ld) {
 }
 
 // Each run is a block of weights, kTileRows rows of kStepsAtOnce, `stride` apart.
-template <class A, class E, int kAsks, bool, int, int kVectors, bool, class Out>
+template <class A, class E, int kAsks, bool, bool, int, int kVectors, bool, class Out>
 __attribute__((noinline)) void multiply_tile(const TileRuns& runs, const E* all_weights, const E* from, const Out& to,
                                              Wanted& wanted) {
   constexpr int64_t kLanes = VectorOf<A>::kLanes, kPanel = kPanelOf<A>, kStride = kPanel * sizeof(E);

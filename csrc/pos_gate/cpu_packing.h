@@ -3,21 +3,20 @@
 // Tiles whose tokens lie side by side in the table find their weights in the table itself, or in its mirror image, and need
 // no copy of them. What such a tile takes of a row of tokens depends only on how many rows and planes that lies away from
 // the tile's own: it is found once for all tiles above each other. Other tiles have weights of their own.
-// No include guard: every instruction set compiles this text anew, inside its own namespace and target options.
-
 //
-// Three products in the place of four: of rows of tokens 2t and 2t + 1, twins, the sums differ little in what they take of the
-// window, for so do weights one row nearer or farther. With R(d) what a row takes of one d rows away, and x0 and x1 the even
-// and the odd rows of the panel,
-//   y0(t) = sum over s of R(2(t - s)) x0(s) + R(2(t - s) - 1) x1(s) = m(t) - sum over s of C(2(t - s) - 1) x1(s),
-//   y1(t) = sum over s of R(2(t - s) + 1) x0(s) + R(2(t - s)) x1(s) = m(t) + sum over s of C(2(t - s)) x0(s),
-// where m(t) is the sum of R(2(t - s)) (x0(s) + x1(s)) and C(d) = R(d + 1) - R(d). All three are half as long. m is added last:
-// sums of small numbers round less.
+// Three products in the place of four: rows of tokens 2t and 2t + 1, twins, have nearly the same weights, one row shifted. Let
+// R(d) be what a row takes of one that is d rows before it, x0 and x1 the even and the odd rows of the panel, y0 and y1 those of
+// the product, and C(d) = R(d + 1) - R(d):
+//   m(t)  = sum over s of R(2 (t - s)) (x0(s) + x1(s)), what both have in common,
+//   y0(t) = sum over s of R(2 (t - s)) x0(s) + R(2 (t - s) - 1) x1(s) = m(t) - sum over s of C(2 (t - s) - 1) x1(s),
+//   y1(t) = sum over s of R(2 (t - s) + 1) x0(s) + R(2 (t - s)) x1(s) = m(t) + sum over s of C(2 (t - s)) x0(s).
+// All three sums are half as long as one over all rows. They round less, too, as long as m, which is large, is added last.
+// No include guard: every instruction set compiles this text anew, inside its own namespace and target options.
 
 template <class A, class E>
 struct PackingBuffers {
   std::vector<double> entries;
-  std::vector<A> rounded, larger;  // larger: of an entry and the one a row of tokens on
+  std::vector<A> rounded;
   std::vector<typename Packed<E>::Mark> marks;
   struct Stretch {
     int32_t from, to;
@@ -44,11 +43,11 @@ class Packing {
   void pack(Packed<E>& packed) {
     packed.weights.clear();
     const bool twins = has_twins();
+    all_ = weights_.shared() && weights_.takes_all();
     if (weights_.shared()) share_table<kRows>(packed);
     if (twins) subtract_rows(packed);
     const size_t shared = packed.weights.size();
     // Where all weights are taken, their runs in the table depend on the window alone: those that are there may do.
-    all_ = weights_.shared() && weights_.takes_all();
     if (all_ && packed.complete == weights_.sizes_of_window() && packed.has_twins == twins) return;
     packed.clear();
     packed.has_twins = twins;
@@ -112,23 +111,21 @@ class Packing {
 
   // ---- twins ----
 
+  // Not where the sums would be of different orders, and tiles take weights up to different limits.
   bool has_twins() const {
     const int64_t* const box = window().cls.box;
-    return kDepth == 1 && weights_.alike() && weights_.softmax() && box[0] == 1 && box[1] >= kManyRows && box[1] % 2 == 0 &&
-           length() >= kLeastRows;
+    return kDepth == 1 && weights_.softmax() && weights_.alike() && !weights_.has_levels() && box[0] == 1 &&
+           box[1] >= kManyRows && box[1] % 2 == 0 && length() >= kLeastRows;
   }
-  // Behind the table what each entry lacks of the one a row of tokens on, and which of the two is larger.
-  void subtract_rows(Packed<E>& packed) {
+  // Behind the table what each entry lacks of the one a row of tokens on. Those that do not count are zeros from now on, so that
+  // they are missing in all three products or in none.
+  void subtract_rows(Packed<E>& packed) const {
     if constexpr (kDepth == 1) {
-      const int64_t size = int64_t(packed.weights.size()), row = weights_.row_stride(), pairs = size - round_up(row, kLanes);
+      const int64_t size = int64_t(packed.weights.size()), row = weights_.row_stride();
       packed.weights.resize(2 * size);
-      b_.larger.resize(size);
-      A *const weights = packed.weights.data(), *const larger = b_.larger.data();
-      for (int64_t e = 0; e < pairs; e += kLanes) {
-        const Vec<A> one = load<A>(weights + e), next = load<A>(weights + e + row);
-        store(weights + size + e, next - one);
-        store(larger + e, next > one ? next : one);
-      }
+      A *const weights = packed.weights.data(), limit = all_ ? A(0) : weights_.limit();
+      for (int64_t e = 0; e < size; ++e) weights[e] = weights[e] <= limit ? A(0) : weights[e];
+      for (int64_t e = 0; e + row < size; ++e) weights[size + e] = weights[e + row] - weights[e];
     }
   }
 
@@ -144,12 +141,12 @@ class Packing {
     for (int64_t t = 0; t < across_; ++t)
       for (int64_t first = 0, last; first < rows; first = last + 1) {
         const auto level_of = [&](int64_t row) {
-          const Tile &tile = tile_of(row, t), &last = tile_of(row + together_ - 1, t);
-          return by_levels ? weights_.level(tile.first, last.last) : 0;
+          const Tile& tile = tile_of(row, t);
+          return by_levels ? weights_.level(tile.first, tile.last) : 0;
         };
         const int level = level_of(first);
-        for (last = first + together_ - 1; last + 1 < rows && level_of(last + 1) == level;) last += together_;
-        b_.stacks.push_back({t, first, last, base, weights_.limit(level)});
+        for (last = first; last + 1 < rows && level_of(last + 1) == level;) ++last;
+        b_.stacks.push_back({t, first, last, base, together_ > 1 ? A(0) : weights_.limit(level)});
         base += (2 * box[0] - 1) * displacements(b_.stacks.back());
       }
   }
@@ -167,9 +164,9 @@ class Packing {
       for (int64_t d0 = 1 - box[0]; d0 < box[0]; ++d0)
         for (int64_t d1 = together_ - 1 - stack.last; d1 < box[1] - stack.first; d1 += together_) work(stack, d0, d1);
   }
-  // Calls `work(tile, i0, i1, stack, first)` for each tile of a row (i0, i1) of tokens, of twins the first one. `first` is the number of the
-  // displacement of the first row of tokens; the others of the plane follow, and the next plane's are displacements(stack)
-  // farther on.
+  // Calls `work(tile, i0, i1, stack, first)` for each tile of a row (i0, i1) of tokens, of twins the first one. `first` is the
+  // number of the displacement of the first row of tokens; the others of the plane follow, and the next plane's are
+  // displacements(stack) farther on.
   template <class Work>
   void for_each_tile(const Work& work) const {
     const int64_t* const box = window().cls.box;
@@ -229,7 +226,7 @@ class Packing {
 
   // For each displacement, some rows farther, the runs whose entries count, and a mark where they begin. Weights are in an array
   // behind the table.
-  void find_runs(Packed<E>& packed, const A* entries, int64_t array, int64_t farther) {
+  void find_runs(Packed<E>& packed, int64_t array, int64_t farther) {
     for_each_displacement([&](const Stack& stack, int64_t d0, int64_t d1) {
       b_.marks.push_back(packed.mark());
       packed.make_room(divide_up(length(), 64));
@@ -241,7 +238,7 @@ class Packing {
         add(kFirstRows, at, from, all_from);
         add(kLastRows, at, all_to, to);
       };
-      for_each_stretch(entries, stack, d0, d1 + farther, add_all);
+      for_each_stretch(packed.weights.data() + array, stack, d0, d1 + farther, add_all);
     });
     b_.marks.push_back(packed.mark());
   }
@@ -250,10 +247,10 @@ class Packing {
   void pack_twins(Packed<E>& packed) {
     b_.marks.clear();
     const int64_t rows = window().cls.box[1], behind = int64_t(packed.weights.size()) / 2;
-    find_runs(packed, packed.weights.data(), 0, 0);
+    find_runs(packed, 0, 0);
     const int64_t count = int64_t(b_.marks.size());
-    find_runs(packed, b_.larger.data(), behind, 1);
-    find_runs(packed, b_.larger.data(), behind, 0);
+    find_runs(packed, behind, 1);
+    find_runs(packed, behind, 0);
     const int64_t row = length() * kPanelOf<A>;
     for_each_tile([&](const Tile&, int64_t, int64_t i1, const Stack&, int64_t first) {
       end_tile(packed, b_.marks[first], b_.marks[first + rows / 2], i1 * row, row);
@@ -268,7 +265,7 @@ class Packing {
   void pack_runs(Packed<E>& packed) {
     const int64_t planes = window().cls.box[0], rows = window().cls.box[1];
     b_.marks.clear();
-    find_runs(packed, packed.weights.data(), 0, 0);
+    find_runs(packed, 0, 0);
     for_each_tile([&](const Tile&, int64_t i0, int64_t i1, const Stack& stack, int64_t first) {
       const Mark* marks = &b_.marks[first];
       const int64_t row = (i0 * rows + i1) * length() * kPanelOf<A>;
@@ -364,5 +361,5 @@ class Packing {
   PackingBuffers<A, E>& b_;
   int64_t across_ = 1;    // tiles in a row of tokens
   int64_t together_ = 1;  // rows of tokens whose tiles have runs in common
-  bool all_ = false;    // whether to take all weights of the group at hand
+  bool all_ = false;      // whether to take all weights of the group at hand
 };

@@ -169,7 +169,8 @@ def test_what_the_cpu_leaves_out_of_a_row(dtype, kind):
     """In P and in its transpose: far weights, which sum to no more of their row than rounding takes.
 
     Of Gaussians, some of whose rows see but the far end of them, and of tables without order, of which some
-    rows have far more to leave out than others.
+    rows have far more to leave out than others. A weight may be the difference of two others in twin rows
+    of tokens (csrc/pos_gate/cpu_packing.h): it is as exact as the larger one of its own and its twin's.
     """
     center = torch.tensor([[0.0, 0.0], [2.3, -1.4]], dtype=torch.float64) + 4 * (kind == "far")
     sharpness = {"sharp": 1.0, "wide": 0.5, "far": 0.9}.get(kind)
@@ -193,12 +194,15 @@ def test_what_the_cpu_leaves_out_of_a_row(dtype, kind):
     )
     info = torch.finfo(dtype)
     negligible = info.eps / (8 if dtype.itemsize == 2 else 2)
-    close = {"rtol": 16 * info.eps, "atol": info.eps * info.smallest_normal}
+    twins = truth.view(2, tokens, 10, 2, 14).flip(3).view_as(truth)
+    close = 16 * info.eps * torch.maximum(truth, twins) + info.eps * info.smallest_normal
     for packed in (by_rows, by_columns.transpose(1, 2)):
         left_out = (packed == 0) & (truth > 0)
         assert left_out.sum() > 0.2 * (truth > 0).sum() or kind != "sharp" or dtype == torch.float64
         assert (truth * left_out).sum(-1).max() <= negligible * (1 + 1e-5)
-        assert torch.allclose(packed[~left_out], truth[~left_out], **close)
+        assert (((packed - truth).abs() <= close) | left_out).all()
+        if dtype != torch.float64:  # as exact as the truth itself
+            assert (packed - truth).abs().sum(-1).max() <= negligible + 2 * info.eps
 
 
 @over_backends()
