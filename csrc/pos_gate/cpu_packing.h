@@ -111,11 +111,11 @@ class Packing {
 
   // ---- twins ----
 
-  // Not where the sums would be of different orders, and tiles take weights up to different limits.
+  // Not where weights or sums of twins are of different orders, which would cost digits.
   bool has_twins() const {
     const int64_t* const box = window().cls.box;
-    return kDepth == 1 && weights_.softmax() && weights_.alike() && !weights_.has_levels() && box[0] == 1 &&
-           box[1] >= kManyRows && box[1] % 2 == 0 && length() >= kLeastRows;
+    return kDepth == 1 && box[0] == 1 && box[1] >= kManyRows && box[1] % 2 == 0 && length() >= kLeastRows &&
+           weights_.alike() && !weights_.has_levels() && weights_.is_smooth();
   }
   // Behind the table what each entry lacks of the one a row of tokens on. Those that do not count are zeros from now on, so that
   // they are missing in all three products or in none.

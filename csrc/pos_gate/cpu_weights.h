@@ -100,6 +100,20 @@ class Weights {
   // Whether no row of tokens has a scale much larger than all before or behind it. A difference is as exact as what it is
   // taken from, and what is one row nearer may then be taken off.
   bool alike() const { return alike_; }
+  // Whether a softmax's weights differ little from those a row of tokens on.
+  bool is_smooth() const {
+    const int64_t size = shape_.table_size(), row = row_stride();
+    const double* const weights = b_.weight.data();  // with zeros behind the last
+    DoubleVec squares{}, differences{};
+    for (int64_t e = 0; e < size; e += kDoubles) {
+      const DoubleVec weight = load<double>(weights + e);
+      squares += weight * weight;
+      if (e + row >= size) continue;
+      const DoubleVec difference = load<double>(weights + e + row) - weight;
+      differences += difference * difference;
+    }
+    return call_.softmax && sum_lanes<double>(differences) <= sum_lanes<double>(squares);
+  }
   // What weight_of must exceed to be packed. Where sums of rows are of different orders, for the table's maximum lies far from
   // its centre, some queries may leave out far more: theirs is of a higher level, of which each is 8 times the one below.
   A limit() const { return limit_; }
@@ -119,7 +133,6 @@ class Weights {
     for (int64_t e = 0; e < size; ++e) count += b_.rounded[e] > limit_;
     return 2 * count >= size;
   }
-  bool softmax() const { return call_.softmax; }
   int64_t row_stride() const { return shape_.table_view().map[1]; }  // of the table
   const double* weight() const { return b_.weight.data(); }  // of each entry of the table
   const double* scale() const { return b_.scale.data(); }    // of each query

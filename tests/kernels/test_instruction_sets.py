@@ -13,7 +13,8 @@ from support import ROOT, available, instruction_sets
 FILES = [
     Path(__file__).with_name(f"test_{what}.py")
     for what in (
-        "pos_gate", "gradcheck", "shapes", "golden", "activation", "table_gradient", "split_tiles", "seats"
+        "pos_gate", "gradcheck", "shapes", "golden", "activation", "table_gradient", "split_tiles", "twins",
+        "seats",
     )
 ]  # fmt: skip
 ON_THE_CPU = " and ".join(f"not {backend}" for backend in ("reference", "triton", "cuda"))
