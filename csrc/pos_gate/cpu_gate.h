@@ -87,7 +87,8 @@ class Gate {
       if (index == 0) begin_class(window, mixing);
       const int64_t slot = table_gradient_ ? 0 : index % kPanels;
       A* du = du_ + slot * size;
-      if (panel_.columns < kPanel) clear({{x1_, size}, {du, size}, {products_.y, kTile}, {products_.done, kTile}});
+      if (panel_.columns < kPanel)
+        clear({{x1_, size}, {du, size}, {products_.y, kTile}, {products_.done, kTile}, {products_.common, common_size()}});
       load_panel(call_, window, panel_, x_map(window, panel_, 0), x1_, slope1_);
       if (table_gradient_ && call_.softmax) centre_columns(x1_, window.tokens, mean_);
       if (table_gradient_ && mixing) table_gradient_->begin_panel(x1_, x1_columns_);
@@ -123,8 +124,6 @@ class Gate {
     workspace_.bias_sums.clear(window.tokens);
     workspace_.dots.clear(window.tokens);
   }
-
-  int64_t common_size() const { return ld_ / kManyRows * kPanel + kTile; }
 
   // Z = (P X1 + b) * X2
   void forward_panel(const Window& window) {
@@ -314,6 +313,8 @@ class Gate {
     group_->group = group;
   }
 
+  int64_t common_size() const { return ld_ / kManyRows * kPanel + kTile; }  // of products_.common
+
   void gather_bias(const Window& window) {
     const A* bias = static_cast<const A*>(call_.bias);
     workspace_.bias.resize(window.tokens);
@@ -344,7 +345,7 @@ class Gate {
       }
     }
     const int64_t panels = divide_up(end - begin, kPanel) * shape_.groups;
-    wanted_.spread(rows, bytes, Products<T>::asks(window) * panels);
+    wanted_.spread(rows, bytes, Products<T>::asks(window, group_->rows) * panels);
   }
 
   template <class U>

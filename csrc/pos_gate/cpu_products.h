@@ -24,8 +24,9 @@ class Products {
   Products(const Panel& panel, Wanted& wanted) : panel_(panel), wanted_(wanted) {}
 
   // How many lines all products of a panel may ask for at an even pace.
-  static int64_t asks(const Window& window) {
-    return kAsksOfFew * int64_t(window.tiles.size()) * steps_of(window);
+  static int64_t asks(const Window& window, const Packed<E>& weights) {
+    const int64_t steps = kAsksOfFew * int64_t(window.tiles.size()) * steps_of(window);
+    return weights.has_twins ? steps * 3 / 4 : steps;
   }
 
   // The product of packed weights and a panel, tile by tile, while the wanted rows of the tile's tokens are asked for.

@@ -29,7 +29,22 @@ struct Problem {
   std::vector<A> x, dz, table, matrix, bias, norm_weight, norm_bias;
 };
 
-// `long_line`: windows whose sums are taken in blocks. `many_rows`: such as a table's gradient takes sums of rows of.
+// A table that falls off from its centre, or from one far outside: rows whose keys are all far from that lie deep below.
+template <class A>
+std::vector<A> falling_table(const Shape& s, bool far) {
+  const View strides = s.table_view();
+  std::vector<A> table(s.groups * s.table_size());
+  for (size_t e = 0; e < table.size(); ++e)
+    for (int d = 0; d < kRank; ++d) {
+      const int64_t size = 2 * s.window[d] - 1, index = int64_t(e) / strides.map[d] % size;
+      const int64_t beyond = (far ? size + 3 : size / 2) - index;
+      table[e] -= A(0.5) * A(beyond * beyond);
+    }
+  return table;
+}
+
+// `long_line`: windows whose sums are taken in blocks. `many_rows`: such as sums of two rows are taken of, with tables of which
+// much or nothing is left out.
 template <class A>
 Problem<A> random_problem(bool long_line = false, bool many_rows = false) {
   Problem<A> p;
@@ -69,26 +84,12 @@ Problem<A> random_problem(bool long_line = false, bool many_rows = false) {
   const int64_t n = s.window_tokens(), tokens = s.batch * s.map_tokens();
   p.x = random_values<A>(tokens * 2 * s.channels);
   p.dz = random_values<A>(tokens * s.channels);
-  p.table = random_values<A>(s.groups * s.table_size());
+  p.table = many_rows && pick(0, 1) ? falling_table<A>(s, false) : random_values<A>(s.groups * s.table_size());
   p.matrix = random_values<A>((p.matrix_per_group ? s.groups : 1) * n * n);
   p.bias = random_values<A>(n);
   p.norm_weight = random_values<A>(s.channels);
   p.norm_bias = random_values<A>(s.channels);
   return p;
-}
-
-// A table that falls off from its centre, or from one far outside: rows whose keys are all far from that lie deep below.
-template <class A>
-std::vector<A> falling_table(const Shape& s, bool far) {
-  const View strides = s.table_view();
-  std::vector<A> table(s.groups * s.table_size());
-  for (size_t e = 0; e < table.size(); ++e)
-    for (int d = 0; d < kRank; ++d) {
-      const int64_t size = 2 * s.window[d] - 1, index = int64_t(e) / strides.map[d] % size;
-      const int64_t beyond = (far ? size + 3 : size / 2) - index;
-      table[e] -= A(0.5) * A(beyond * beyond);
-    }
-  return table;
 }
 
 inline double activated(Activation activation, double x) {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import assert_cpu_no_worse, available
+from support import assert_cpu_no_worse, available, results_of
 
 from posmlp_kernels import gqpe_table, pos_gate
 
@@ -68,7 +68,7 @@ def test_weights_that_end_after_any_row(end, mirrored):
 
 @pytest.mark.parametrize("high", [0, 1])
 def test_tables_that_are_not_smooth(high):
-    """Where twins have weights of different orders, their difference has twice the error, if not the largest."""
+    """Where twins have weights of different orders their difference has twice the error, in the mean."""
     table = 0.1 * torch.randn(2, 27, 27, generator=torch.Generator().manual_seed(0))
     table[:, high::2] += 20
     (x, *_), _ = draw(table, (14, 14), 0)
@@ -92,3 +92,20 @@ def test_groups_with_and_without():
     """In turn, of small windows, of which what was found for the last group may serve again."""
     tables = [gaussian((8, 8), sharpness) for sharpness in (0.3, 3.0, 0.2)]
     assert_right(torch.cat(tables), (8, 8), channels=144)
+
+
+def test_what_is_not_finite_stays_in_its_group():
+    """Also where the next group has a panel that is not full: nothing is left of the last one there."""
+    window, channels, before = (14, 14), 60, torch.get_num_threads()
+    (x, table, bias), dz = draw(gaussian(window, 0.5), window, 0, channels=channels)
+    settings = {"window": window, "backend": "cpu", "dtype": torch.float32}
+    torch.set_num_threads(1)
+    try:
+        without = results_of((x, table, bias), dz, **settings)
+        x[..., : channels // 2] = torch.nan
+        results = results_of((x, table, bias), dz, **settings)
+    finally:
+        torch.set_num_threads(before)
+    assert results["dtable"][0].isnan().any()
+    assert torch.equal(results["dtable"][1], without["dtable"][1])
+    assert torch.equal(results["z"][..., channels // 2 :], without["z"][..., channels // 2 :])
