@@ -95,7 +95,7 @@ def test_groups_with_and_without():
 
 
 def test_what_is_not_finite_stays_in_its_group():
-    """Also where the next group has a panel that is not full: nothing is left of the last one there."""
+    """In one thread, whose next group finds the last one's sums where its own will be."""
     window, channels, before = (14, 14), 52, torch.get_num_threads()
     (x, table, bias), dz = draw(gaussian(window, 0.5), window, 0, channels=channels)
     settings = {"window": window, "backend": "cpu", "dtype": torch.float32}
