@@ -33,7 +33,7 @@ from .attempts import Attempts
 from .baselines import FreeGate
 from .device import built_and_weighed
 from .gate_cases import BOTH, FORWARD, PRODUCTS, flops_around
-from .structure import kept
+from .structure import multiplied
 from .targets import GATELESS, ORIGINAL, OURS, RIVALS, model_targets, show
 from .timing import Ceilings, machine, peak_memory, race, summary, version, write
 
@@ -88,7 +88,8 @@ def flops_of_gates(setting: Setting) -> float:
 
     def record(gate: PosSGU, _: object, output: Tensor) -> None:
         weights = mixing_matrix(gate.relative_table().double(), gate.window, gate.softmax)
-        flops.append(2.0 * output.numel() * weights.shape[-1] * kept(weights) * PRODUCTS[direction])
+        done = weights.shape[-1] * multiplied(weights, gate.window)
+        flops.append(2.0 * output.numel() * done * PRODUCTS[direction])
         flops.append(flops_around(output.numel(), direction, gelu=True))
 
     for module in model.modules():

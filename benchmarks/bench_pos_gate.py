@@ -72,7 +72,7 @@ def measure(case: Gate, direction: str, settings: Settings, effort: Effort, ceil
         times = attempts("race", race, works | ceilings.works, effort.seconds, effort.rounds, effort.burst)
     times = times or {}
     least = {
-        "kept_flops": case.flops(direction) * case.kept(),
+        "kept_flops": case.flops(direction) * case.multiplied(),
         "flops_around": case.flops_around(direction),
     }
     return (least if settings.device.type == "cpu" else {}) | {

@@ -10,7 +10,7 @@ import torch
 
 from posmlp_kernels import PosSGU, mixing_matrix
 
-from .structure import kept
+from .structure import multiplied
 
 FORWARD, BACKWARD, BOTH = DIRECTIONS = ("forward", "backward", "forward + backward")
 PRODUCTS = {FORWARD: 1, BACKWARD: 3, BOTH: 4}  # a backward makes P X1 again, P^T dU and dU X1^T
@@ -63,14 +63,16 @@ class Gate:
         """Those of the way in and out."""
         return flops_around(self.batch * self.map**self.rank * self.channels, direction, gelu=False)
 
-    def kept(self) -> float:
-        """The part of P's weights that can show in a result."""
+    def multiplied(self) -> float:
+        """The part of the products' multiply-adds that is left at best."""
         layer = self.layer()
         if not layer.softmax:
             return 1.0
         with torch.no_grad():
             groups = layer.relative_table().double().split(1)  # one after the other: P of all may be large
-        return fmean(kept(mixing_matrix(table, layer.window, softmax=True)) for table in groups)
+        return fmean(
+            multiplied(mixing_matrix(table, layer.window, softmax=True), layer.window) for table in groups
+        )
 
     def elements(self, direction: str) -> int:
         """What must at least be read or written."""

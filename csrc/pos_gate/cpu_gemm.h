@@ -107,6 +107,7 @@ constexpr int kStepsAtOnce = 1;
 // sum[r, :] = sum over the steps of some runs, of all rows unless kSplit, of weight[r] * from[row, :], whose rows are of
 // kPanel, of which kVectors vectors count and, if kHalf, half of the next. `out` is where the sums go, in rows of kPanel too,
 // or what is called with each vector of them, `out(row, vector, sum)`. Meanwhile the wanted cache lines are asked for.
+// If kTwins, what is multiplied are sums of a row and the one that is runs.twin numbers on.
 // Loops over registers are unrolled early: otherwise the sums leave them from one kind of rows to the next.
 template <class A, class E, int kAsks, bool kSplit, bool kTwins, int kRows, int kVectors, bool kHalf, class Out>
 __attribute__((noinline)) void multiply_tile(const TileRuns& runs, const E* all_weights, const E* from, const Out& out,

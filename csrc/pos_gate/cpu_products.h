@@ -15,8 +15,8 @@ class Products {
   static constexpr bool kMayPassThrough = std::is_same_v<T, float> && std::is_same_v<E, A> &&
                                           kActivation != Activation::gelu_tanh;
 
-  // Tiles [kTileRows, kPanel]: the one at hand, and the one before it. What the products of twin rows have in common, [length of a
-  // row, kPanel] and room for a tile. And room for a panel of pairs.
+  // Tiles [kTileRows, kPanel]: the one at hand, and the one before it. For a row of tokens [length, kPanel], and room for a tile,
+  // what products of twins have in common. And room for a panel of pairs.
   A *y = nullptr, *done = nullptr, *common = nullptr;
   E* factor = nullptr;
 
@@ -81,11 +81,11 @@ class Products {
   }
 
  private:
-  // Through the tiles of a window, row of tokens by row. P may be packed for twin rows, as cpu_packing.h says: then as many tiles
-  // as half of them, of what twins have in common, are packed before.
+  // Through the tiles of a window, row of tokens by row. Where P is packed for twins (cpu_packing.h), tiles of what they have in
+  // common, half as many, come before all others.
   struct Walk {
-    size_t tile = 0, of_twins = 0;  // of_twins: which one of two rows'
-    const size_t across, twins;     // tiles of a row; those packed before
+    size_t tile = 0, of_twins = 0;  // of_twins: which one of those of two rows
+    const size_t across, twins;     // tiles of a row, and those of what twins have in common; zeros without
 
     Walk(const Window& window, const Packed<E>& weights)
         : across(weights.has_twins ? window.tiles.size() / window.cls.box[1] : 0),
