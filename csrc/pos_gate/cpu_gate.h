@@ -150,9 +150,13 @@ class Gate {
           const Seats<seating, A, T> z_seats(z_map, panel_);
           products_.multiply_through(window, group_->rows, x1_, [&](const Tile& tile) {
             const A *bias = &workspace_.bias[tile.first], *scale = &group_->scale[tile.first];
-            return [=, x2 = x2_seats.from(tile.first), z = z_seats.from(tile.first)](int64_t k, int v, Vec<A> y)
+            return [=, x2 = x2_seats.from(tile.first), z = z_seats.from(tile.first)](int64_t k, const PanelRow<A>& y)
                 __attribute__((always_inline)) {
-              z.store(k, v, (y * scale[k] + bias[k]) * activated<activation>(x2.load(k, v)));
+              PanelRow<A> row;
+              x2.load(k, row);
+              POSMLP_UNROLL for (int v = 0; v < kTileVectors; ++v)
+                row[v] = (y[v] * scale[k] + bias[k]) * activated<activation>(row[v]);
+              z.store(k, row);
             };
           });
         };
@@ -189,15 +193,19 @@ class Gate {
             const A *bias = &workspace_.bias[first], *scale = &group_->scale[first], *mean = mean_;
             A* to = to_du + first * kPanel;
             return [=, x2 = x2_seats.from(first), dz = dz_seats.from(first), dx2 = dx2_seats.from(first),
-                    row_sums = row_sums_from(first)](int64_t k, int v, Vec<A> y) mutable __attribute__((always_inline)) {
-              const int64_t at = k * kPanel + v * kLanes;
-              const auto gradient = dz.load(k, v);
-              const auto gate = activated_with_slope<activation>(x2.load(k, v));
-              const auto sum = y * scale[k] + bias[k] + load<A>(mean + v * kLanes);
-              const auto du = gradient * gate.value * scale[k];
-              dx2.store(k, v, gradient * sum * gate.slope);
-              store(to + at, du);
-              row_sums.add(k, v, du, y);
+                    row_sums = row_sums_from(first)](int64_t k, const PanelRow<A>& y) __attribute__((always_inline)) {
+              PanelRow<A> gradient, row, du;
+              dz.load(k, gradient);
+              x2.load(k, row);
+              POSMLP_UNROLL for (int v = 0; v < kTileVectors; ++v) {
+                const auto gate = activated_with_slope<activation>(row[v]);
+                const auto sum = y[v] * scale[k] + bias[k] + load<A>(mean + v * kLanes);
+                du[v] = gradient[v] * gate.value * scale[k];
+                row[v] = gradient[v] * sum * gate.slope;
+              }
+              dx2.store(k, row);
+              store_row(to + k * kPanel, du);
+              row_sums.add(k, du, y);
             };
           };
           products_.multiply_through(window, group_->rows, x1_, way_out);
@@ -219,13 +227,14 @@ class Gate {
         });
       };
       products_.multiply_panel(window, group_->rows, x1_, finish, [&](const Tile& tile) {
-        auto sums = row_sums_from(tile.first);
+        const auto sums = row_sums_from(tile.first);
         const A* const du = to_du + tile.first * kPanel;
-        for (int64_t k = 0; k < tile.rows(); ++k)
-          for (int v = 0; v < kTileVectors; ++v) {
-            const int64_t at = k * kPanel + v * kLanes;
-            sums.add(k, v, load<A>(du + at), load<A>(products_.done + at));
-          }
+        for (int64_t k = 0; k < tile.rows(); ++k) {
+          PanelRow<A> du_row, y_row;
+          load_row(du + k * kPanel, du_row);
+          load_row(products_.done + k * kPanel, y_row);
+          sums.add(k, du_row, y_row);
+        }
       });
     });
   }
@@ -248,8 +257,10 @@ class Gate {
         const Seats<seating, A, U> dx1_seats(out, panel_);
         products_.multiply_through(window, group_->columns, du, [&](const Tile& tile) {
           return [=, first = has_slopes ? slopes + tile.first * kPanel : nullptr, dx1 = dx1_seats.from(tile.first)](
-                     int64_t k, int v, Vec<A> y) __attribute__((always_inline)) {
-            dx1.store(k, v, has_slopes ? y * load<A>(first + k * kPanel + v * kLanes) : y);
+                     int64_t k, PanelRow<A>& y) __attribute__((always_inline)) {
+            if constexpr (has_slopes)
+              POSMLP_UNROLL for (int v = 0; v < kTileVectors; ++v) y[v] *= load<A>(first + k * kPanel + v * kLanes);
+            dx1.store(k, y);
           };
         });
       };

@@ -106,12 +106,21 @@ constexpr int kStepsAtOnce = 1;
 #else
 // sum[r, :] = sum over the steps of some runs, of all rows unless kSplit, of weight[r] * from[row, :], whose rows are of
 // kPanel, of which kVectors vectors count and, if kHalf, half of the next. `out` is where the sums go, in rows of kPanel too,
-// or what is called with each vector of them, `out(row, vector, sum)`. Meanwhile the wanted cache lines are asked for.
+// or what is called with each row of them, `out(row, sums)`. Meanwhile the wanted cache lines are asked for.
 // If kTwins, what is multiplied are sums of a row and the one that is runs.twin numbers on.
 // Loops over registers are unrolled early: otherwise the sums leave them from one kind of rows to the next.
 template <class A, class E, int kAsks, bool kSplit, bool kTwins, int kRows, int kVectors, bool kHalf, class Out>
 __attribute__((noinline)) void multiply_tile(const TileRuns& runs, const E* all_weights, const E* from, const Out& out,
                                              Wanted& wanted) {
+  // There are not registers enough for what only the ends of runs want. GCC would keep that in vector registers, and what comes
+  // from there waits behind all multiplications in line: the end of a run is then foreseen wrongly for long. So it is in memory.
+  struct {
+    const TileRuns* runs;
+    const E *weights, *from;
+    const Out* out;
+    Wanted* wanted;
+  } given{&runs, all_weights, from, &out, &wanted};
+  POSMLP_IN_MEMORY(given);
   constexpr int kLanes = VectorOf<A>::kLanes, kPanel = kTileVectors * kLanes, kFew = kSplit ? few_of(kRows) : 0;
   Vec<A> sums[kRows][kVectors];
   Vec<A, kLanes / 2> halves[kRows];
@@ -119,12 +128,14 @@ __attribute__((noinline)) void multiply_tile(const TileRuns& runs, const E* all_
     POSMLP_UNROLL for (int v = 0; v < kVectors; ++v) sums[r][v] = Vec<A>{};
     if (kHalf) halves[r] = Vec<A, kLanes / 2>{};
   }
-  [[maybe_unused]] const int64_t twin = runs.twin;
-  Wanted::Queue queue = wanted.queue;
-  const auto add = [&](auto first, auto last, const Run* run, const Run* const end) __attribute__((always_inline)) {
+  [[maybe_unused]] const int64_t twin = given.runs->twin;
+  Wanted::Queue queue = given.wanted->queue;
+  const auto has = [&](Rows rows) { return given.runs->of[rows].begin < given.runs->of[rows].end; };
+  const auto add = [&](Rows rows, auto first, auto last) __attribute__((always_inline)) {
     constexpr int kFirst = first, kLast = last;
+    const Run* run = given.runs->of[rows].begin;
     do {
-      const E *operands = from + run->row, *weights = all_weights + run->at;
+      const E *operands = given.from + run->row, *weights = given.weights + run->at;
       const int64_t stride = run->stride;
       int32_t steps = run->count;
       if constexpr (!kStepsAsk) queue.ask_for_run(steps);
@@ -147,26 +158,24 @@ __attribute__((noinline)) void multiply_tile(const TileRuns& runs, const E* all_
         operands += kPanel;
         weights += stride;
       } while (--steps > 0);
-    } while (++run < end);
+      POSMLP_IN_MEMORY(given);
+    } while (++run < given.runs->of[rows].end);
   };
   constexpr std::integral_constant<int, 0> none;
   constexpr std::integral_constant<int, kRows> all;
-  const auto [begin, end] = runs.of[kAllRows];
-  if (!kSplit || begin < end) add(none, all, begin, end);
+  if (!kSplit || has(kAllRows)) add(kAllRows, none, all);
   if constexpr (kFew > 0) {
-    const auto [first_begin, first_end] = runs.of[kFirstRows];
-    if (first_begin < first_end) add(none, std::integral_constant<int, kFew>(), first_begin, first_end);
-    const auto [last_begin, last_end] = runs.of[kLastRows];
-    if (last_begin < last_end) add(std::integral_constant<int, kRows - kFew>(), all, last_begin, last_end);
+    if (has(kFirstRows)) add(kFirstRows, none, std::integral_constant<int, kFew>());
+    if (has(kLastRows)) add(kLastRows, std::integral_constant<int, kRows - kFew>(), all);
   }
-  wanted.queue = queue;
-  Out way_out = out;  // a copy, which compilers know that no store changes
+  given.wanted->queue = queue;
+  Out way_out = *given.out;  // a copy, which compilers know that no store changes
   POSMLP_UNROLL for (int r = 0; r < kRows; ++r) {
     if constexpr (std::is_pointer_v<Out>) {
       POSMLP_UNROLL for (int v = 0; v < kVectors; ++v) store(way_out + r * kPanel + v * kLanes, sums[r][v]);
       if (kHalf) store(way_out + r * kPanel + kVectors * kLanes, halves[r]);
     } else {
-      POSMLP_UNROLL for (int v = 0; v < kVectors; ++v) way_out(r, v, sums[r][v]);
+      way_out(r, sums[r]);
     }
   }
 }

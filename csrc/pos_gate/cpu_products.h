@@ -69,9 +69,11 @@ class Products {
       return multiply_tiles(window, weights, panel, [&](const Walk& walk) { return way_out(window.tiles[walk.tile]); });
     multiply_tiles(window, weights, panel, [&](const Walk& walk) {
       const auto [common, sign] = common_of(window, walk);
-      return [out = way_out(window.tiles[walk.tile]), common = common, sign = sign](int64_t k, int v, Vec<A> y) mutable
+      return [out = way_out(window.tiles[walk.tile]), common = common, sign = sign](int64_t k, PanelRow<A>& y)
           __attribute__((always_inline)) {
-        out(k, v, load<A>(common + k * kPanel + v * VectorOf<A>::kLanes) + sign * y);
+        POSMLP_UNROLL for (int v = 0; v < kTileVectors; ++v)
+          y[v] = load<A>(common + k * kPanel + v * VectorOf<A>::kLanes) + sign * y[v];
+        out(k, y);
       };
     });
   }

@@ -22,21 +22,20 @@ class RowSums {
  public:
   void clear(int64_t tokens) { totals_.assign(round_up(tokens, kDoubles) * kDoubles, 0.); }
 
-  // A panel's part for the tokens from `token` on, one by one: the sum of its vectors, which are given in turn.
+  // A panel's part for the tokens from `token` on.
   class Rows {
    public:
     Rows(RowSums& sums, int64_t token) : totals_(&sums.totals_[token * kDoubles]) {}
 
-    __attribute__((always_inline)) void add(int64_t k, int vector, Vec<A> term) {
-      sum_ = vector == 0 ? term : sum_ + term;
-      if (vector + 1 < kTileVectors) return;
+    __attribute__((always_inline)) void add(int64_t k, const PanelRow<A>& terms) const {
+      Vec<A> sum = terms[0];
+      POSMLP_UNROLL for (int v = 1; v < kTileVectors; ++v) sum += terms[v];
       double* const total = totals_ + k * kDoubles;
-      store(total, load<double>(total) + sum_of_parts<A>(sum_));
+      store(total, load<double>(total) + sum_of_parts<A>(sum));
     }
 
    private:
     double* totals_;
-    Vec<A> sum_{};
   };
   // Calls `use(token, sum)` for each.
   template <class Use>
@@ -58,8 +57,10 @@ template <class A>
 struct PanelRowSums {
   typename RowSums<A>::Rows of_du, of_products;
 
-  __attribute__((always_inline)) void add(int64_t k, int vector, Vec<A> du, Vec<A> y) {
-    of_du.add(k, vector, du);
-    of_products.add(k, vector, du * y);
+  __attribute__((always_inline)) void add(int64_t k, const PanelRow<A>& du, const PanelRow<A>& y) const {
+    PanelRow<A> products;
+    POSMLP_UNROLL for (int v = 0; v < kTileVectors; ++v) products[v] = du[v] * y[v];
+    of_du.add(k, du);
+    of_products.add(k, products);
   }
 };

@@ -21,41 +21,45 @@ class Seats {
     return seats;
   }
 
-  __attribute__((always_inline)) Vec<A> load(int64_t row, int vector) const {
-    const auto quarters = [=](int i, int j) __attribute__((always_inline)) {
-      return join<Half>(load_as<A, kQuarter>(at(row, i) + kHalf), load_as<A, kQuarter>(at(row, j)));
-    };
+  __attribute__((always_inline)) void load(int64_t row, PanelRow<A>& values) const {
+    const int64_t offset = offset_[row];
     const auto half = [=](int i, int channel) __attribute__((always_inline)) {
-      return load_as<A, kHalf>(at(row, i) + channel);
+      return load_as<A, kHalf>(at(i, offset) + channel);
     };
     if constexpr (kSeating == Seating::halves) {
-      if (vector == 1) return join<Vec<A>>(half(1, 0), half(2, 0));
-      return load_as<A, kLanes>(at(row, vector == 0 ? 0 : 3));
+      values[0] = load_as<A, kLanes>(at(0, offset));
+      values[1] = join<Vec<A>>(half(1, 0), half(2, 0));
+      values[2] = load_as<A, kLanes>(at(3, offset));
     } else {
-      if (vector == 0) return join<Vec<A>>(half(0, 0), quarters(0, 1));
-      if (vector == 1) return join<Vec<A>>(half(1, kQuarter), half(2, 0));
-      return join<Vec<A>>(quarters(2, 3), half(3, kQuarter));
+      const auto quarters = [=](int i, int j) __attribute__((always_inline)) {
+        return join<Half>(load_as<A, kQuarter>(at(i, offset) + kHalf), load_as<A, kQuarter>(at(j, offset)));
+      };
+      values[0] = join<Vec<A>>(half(0, 0), quarters(0, 1));
+      values[1] = join<Vec<A>>(half(1, kQuarter), half(2, 0));
+      values[2] = join<Vec<A>>(quarters(2, 3), half(3, kQuarter));
     }
   }
-  __attribute__((always_inline)) void store(int64_t row, int vector, Vec<A> values) const {
-    const auto first = part_of<Half, 0>(values), second = part_of<Half, 1>(values);
-    const auto store_quarters = [=](int i, int j, Half quarters) __attribute__((always_inline)) {
-      store_as(at(row, i) + kHalf, part_of<Vec<A, kQuarter>, 0>(quarters));
-      store_as(at(row, j), part_of<Vec<A, kQuarter>, 1>(quarters));
+  __attribute__((always_inline)) void store(int64_t row, const PanelRow<A>& values) const {
+    const int64_t offset = offset_[row];
+    const auto store_half = [=](int i, int channel, Half half) __attribute__((always_inline)) {
+      store_as(at(i, offset) + channel, half);
     };
     if constexpr (kSeating == Seating::halves) {
-      if (vector != 1) return store_as(at(row, vector == 0 ? 0 : 3), values);
-      store_as(at(row, 1), first);
-      store_as(at(row, 2), second);
-    } else if (vector == 0) {
-      store_as(at(row, 0), first);
-      store_quarters(0, 1, second);
-    } else if (vector == 1) {
-      store_as(at(row, 1) + kQuarter, first);
-      store_as(at(row, 2), second);
+      store_as(at(0, offset), values[0]);
+      store_half(1, 0, part_of<Half, 0>(values[1]));
+      store_half(2, 0, part_of<Half, 1>(values[1]));
+      store_as(at(3, offset), values[2]);
     } else {
-      store_quarters(2, 3, first);
-      store_as(at(row, 3) + kQuarter, second);
+      const auto store_quarters = [=](int i, int j, Half quarters) __attribute__((always_inline)) {
+        store_as(at(i, offset) + kHalf, part_of<Vec<A, kQuarter>, 0>(quarters));
+        store_as(at(j, offset), part_of<Vec<A, kQuarter>, 1>(quarters));
+      };
+      store_half(0, 0, part_of<Half, 0>(values[0]));
+      store_quarters(0, 1, part_of<Half, 1>(values[0]));
+      store_half(1, kQuarter, part_of<Half, 0>(values[1]));
+      store_half(2, 0, part_of<Half, 1>(values[1]));
+      store_quarters(2, 3, part_of<Half, 0>(values[2]));
+      store_half(3, kQuarter, part_of<Half, 1>(values[2]));
     }
   }
 
@@ -68,7 +72,7 @@ class Seats {
   using Half = Vec<A, kHalf>;
   using Byte = std::conditional_t<std::is_const_v<U>, const char, char>;
 
-  __attribute__((always_inline)) U* at(int64_t row, int i) const { return reinterpret_cast<U*>(at_[i] + offset_[row]); }
+  __attribute__((always_inline)) U* at(int i, int64_t offset) const { return reinterpret_cast<U*>(at_[i] + offset); }
 
   Byte* at_[4];
   const int64_t* offset_;

@@ -5,6 +5,7 @@
 #ifndef POSMLP_KEEP
 #define POSMLP_KEEP(v) (void)(v)  // in a register from here on, where that has to be said
 #endif
+#define POSMLP_IN_MEMORY(v) __asm__ volatile("" : "+m"(v))  // what compilers know of it from registers they know no longer
 
 // L numbers side by side; without L, as many as a register holds.
 template <class A, int L = kVectorBytes / int(sizeof(A))>
@@ -36,6 +37,17 @@ template <class A, class V>
 inline void store(A* p, V v) {
   static_assert(std::is_same_v<A, ElementOf<V>>);
   __builtin_memcpy(p, &v, sizeof v);
+}
+// A row of a panel, in registers.
+template <class A>
+using PanelRow = Vec<A>[kTileVectors];
+template <class A>
+__attribute__((always_inline)) inline void load_row(const A* p, PanelRow<A>& row) {
+  POSMLP_UNROLL for (int v = 0; v < kTileVectors; ++v) row[v] = load<A>(p + v * VectorOf<A>::kLanes);
+}
+template <class A>
+__attribute__((always_inline)) inline void store_row(A* p, const PanelRow<A>& row) {
+  POSMLP_UNROLL for (int v = 0; v < kTileVectors; ++v) store(p + v * VectorOf<A>::kLanes, row[v]);
 }
 // A vector of two halves, and the first (kPart = 0) or a later part of a vector.
 template <class V, class H, int... kIndex>

@@ -27,9 +27,12 @@ void load_panel(const Call& call, const Window& window, const Panel& panel, cons
     };
     const auto from_seats = [&](auto seating) {
       const Seats<seating, A, const T> seats(map, panel);
-      for (int64_t k = 0; k < window.tokens; ++k)
+      for (int64_t k = 0; k < window.tokens; ++k) {
+        PanelRow<A> row;
+        seats.load(k, row);
         POSMLP_UNROLL for (int v = 0; v < kTileVectors; ++v)
-          put(std::integral_constant<int, kLanes>(), k * kPanel + v * kLanes, seats.load(k, v));
+          put(std::integral_constant<int, kLanes>(), k * kPanel + v * kLanes, row[v]);
+      }
     };
     if (with_seating<A>(panel, from_seats)) return;
     for (const Tile& tile : window.tiles)
