@@ -15,10 +15,10 @@ from .structure import multiplied
 FORWARD, BACKWARD, BOTH = DIRECTIONS = ("forward", "backward", "forward + backward")
 PRODUCTS = {FORWARD: 1, BACKWARD: 3, BOTH: 4}  # a backward makes P X1 again, P^T dU and dU X1^T
 # Multiplications for a number of X1 and one of X2 besides: scale, bias, X2; in a backward dX2 and dU too.
-# The shortest GELU we know of takes 8 for each number, 13 with its slope, as `csrc/pos_gate/cpu_activation.h`
+# The shortest GELU we know of takes 7 for each number, 13 with its slope, as `csrc/pos_gate/cpu_activation.h`
 # does with AVX-512; elsewhere that takes 13 and 26.
 _AROUND = {FORWARD: 2, BACKWARD: 4, BOTH: 2 + 4}
-_AROUND_WITH_GELU = {FORWARD: 2 + 2 * 8, BACKWARD: 6 + 2 * 13, BOTH: 18 + 32}
+_AROUND_WITH_GELU = {FORWARD: 2 + 2 * 7, BACKWARD: 6 + 2 * 13, BOTH: 16 + 32}
 _ELEMENTS = {FORWARD: 3, BACKWARD: 5, BOTH: 8}  # of C a token: x and z; x, dz and dx
 
 

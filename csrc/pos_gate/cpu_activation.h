@@ -64,23 +64,30 @@ inline ActivationValue<V> gelu_by_ratio(V x) {
 // With AVX-512. Every multiplication is one of a sum rounded once, and says so: compilers see to that in some of the places
 // where this is inlined, and not in others.
 
-// A polynomial of t, whose coefficients each lane looks up for its own piece: the last four bits of `piece`.
-inline __m512 look_up(const float (&power)[GeluPieces::kDegree + 1][GeluPieces::kPieces], __m512i piece, __m512 t) {
+// A polynomial of t, whose coefficients each lane looks up for its own piece: the last four bits of `piece`. By pairs of them: a
+// core has little room for what waits, and shorter chains wait less.
+template <int kCount>
+inline __m512 look_up(const float (&power)[kCount][GeluPieces::kPieces], __m512i piece, __m512 t) {
   const auto coefficient = [&](int n) __attribute__((always_inline)) {
     return _mm512_maskz_permutexvar_ps(kAllLanes, piece, _mm512_load_ps(power[n]));
   };
-  __m512 sum = coefficient(GeluPieces::kDegree);
-  POSMLP_UNROLL for (int n = GeluPieces::kDegree - 1; n >= 0; --n) sum = _mm512_fmadd_ps(sum, t, coefficient(n));
+  const auto pair = [&](int n) __attribute__((always_inline)) {
+    return n + 1 < kCount ? _mm512_fmadd_ps(coefficient(n + 1), t, coefficient(n)) : coefficient(n);
+  };
+  constexpr int kLast = (kCount - 1) / 2 * 2;
+  const __m512 square = _mm512_mul_ps(t, t);
+  __m512 sum = pair(kLast);
+  POSMLP_UNROLL for (int n = kLast - 2; n >= 0; n -= 2) sum = _mm512_fmadd_ps(sum, square, pair(n));
   return sum;
 }
 // GELU in single as max(x, 0) - a Q(a), a = |x| and Q = 1 - Phi, which cancels nowhere. Q is a polynomial for each of 16
-// pieces of the line, and so is the slope: 8 multiplications, 13 with the slope, where a power takes 13 and 26.
+// pieces of the line, and so is the slope: 7 multiplications, 13 with the slope, where a power takes 13 and 26.
 inline ActivationValue<Vec<float>> gelu_by_pieces(Vec<float> lanes) {
   constexpr int kSmallerMagnitude = 0b1010;  // without a sign
-  const __m512 x = (__m512)lanes, end = _mm512_set1_ps(GeluPieces::kEnd), per_unit = _mm512_set1_ps(GeluPieces::kPerUnit);
-  const __m512 round = _mm512_set1_ps(12582912.f);  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+  const __m512 x = (__m512)lanes, end = _mm512_set1_ps(GeluPieces::kEnd);
+  const __m512 round = _mm512_set1_ps(1.5f * (1 << 23) * GeluPieces::kWidth);  // adding it leaves the piece in the low bits
   const __m512 a = _mm512_maskz_range_ps(kAllLanes, x, end, kSmallerMagnitude);
-  const __m512 shifted = _mm512_fmadd_ps(a, per_unit, round), t = _mm512_fmsub_ps(a, per_unit, shifted - round);
+  const __m512 shifted = a + round, t = a - (shifted - round);
   const __m512i piece = _mm512_castps_si512(shifted);
   const __m512 tail = look_up(kGeluPieces.tail, piece, t), above_half = look_up(kGeluPieces.slope, piece, t);
   const __m512 positive = _mm512_maskz_max_ps(kAllLanes, __m512{}, x);  // or NaN, which this takes from its second

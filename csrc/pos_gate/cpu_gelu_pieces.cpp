@@ -6,24 +6,23 @@
 namespace posmlp::cpu {
 namespace {
 
-constexpr double kPi = 3.14159265358979323846;
-constexpr int kNodes = GeluPieces::kDegree + 1;
+constexpr double kPi = 3.14159265358979323846, kWidth = GeluPieces::kWidth;
 
 double normal_tail(double a) { return std::erfc(a * std::sqrt(0.5)) / 2; }
 double slope_above_half(double a) { return 0.5 - normal_tail(a) + a * std::exp(-a * a / 2) / std::sqrt(2 * kPi); }
 
-// Newton's interpolation in the extrema of a Chebyshev polynomial: the ends of a piece are among them, so that neighbours
-// meet. The last node of all gets `end` instead, exactly.
+// Newton's interpolation in the roots of a Chebyshev polynomial, which is nearly the best there is. Of the first and the last
+// piece half is on the line, at whose end is `end`, exactly.
+template <int kNodes>
 void interpolate(double (*function)(double), double end, float (&power)[kNodes][GeluPieces::kPieces]) {
   for (int piece = 0; piece < GeluPieces::kPieces; ++piece) {
     const bool last = piece == GeluPieces::kPieces - 1;
+    const double from = piece == 0 ? 0 : -kWidth / 2, to = last ? 0 : kWidth / 2;
     double node[kNodes], difference[kNodes], sum[kNodes] = {};
     for (int k = 0; k < kNodes; ++k) {
-      const double along = (1 - std::cos(kPi * k / GeluPieces::kDegree)) / 2;  // from 0 to 1
-      node[k] = last ? along / 2 - 0.5 : along - 0.5;
-      difference[k] = function((piece + node[k]) / GeluPieces::kPerUnit);
+      node[k] = from + (to - from) * (1 - std::cos(kPi * (k + 0.5) / kNodes)) / 2;
+      difference[k] = function(piece * kWidth + node[k]);
     }
-    if (last) node[kNodes - 1] = 0, difference[kNodes - 1] = end;
     for (int order = 1; order < kNodes; ++order)
       for (int k = kNodes - 1; k >= order; --k)
         difference[k] = (difference[k] - difference[k - 1]) / (node[k] - node[k - order]);

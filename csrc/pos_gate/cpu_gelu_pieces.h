@@ -4,14 +4,17 @@
 
 namespace posmlp::cpu {
 
-// Piece p lies around a = p / kPerUnit and ends halfway to its neighbours; the last one ends where it lies, and nothing is
-// left of a tail from there on. Coefficients are those of powers of kPerUnit a - p: a vector's lanes pick theirs.
+// Piece p lies around a = p kWidth and ends halfway to its neighbours; the last one ends where it lies, and nothing is
+// left of a tail from there on. Coefficients are those of powers of a - p kWidth: a vector's lanes pick theirs. A power of two
+// is a width to which an addition rounds.
 struct GeluPieces {
-  static constexpr int kPieces = 16, kDegree = 5;
-  static constexpr float kPerUnit = 2.5f, kEnd = (kPieces - 1) / kPerUnit;
+  static constexpr int kPieces = 16;
+  static constexpr float kWidth = 0.5f, kEnd = (kPieces - 1) * kWidth;
+  template <int kDegree>
+  using Powers = float[kDegree + 1][kPieces];
 
-  alignas(64) float tail[kDegree + 1][kPieces];   // 1 - Phi(a): GELU(x) = max(x, 0) - a (1 - Phi(a))
-  alignas(64) float slope[kDegree + 1][kPieces];  // GELU'(a) - 1/2, which has the sign of x
+  alignas(64) Powers<5> tail;   // 1 - Phi(a): GELU(x) = max(x, 0) - a (1 - Phi(a))
+  alignas(64) Powers<6> slope;  // GELU'(a) - 1/2, which has the sign of x
 
   GeluPieces();
 };
