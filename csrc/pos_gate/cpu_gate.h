@@ -128,11 +128,9 @@ class Gate {
 
   // Z = (P X1 + b) * X2
   void forward_panel(const Window& window) {
-    const auto x2_map = x_map(window, panel_, shape_.channels);
-    const auto z_map = this->z_map(window, panel_);
     const auto want = [&](const Panel& panel) {
       wanted_.add(x_map(window, panel, shape_.channels), panel.pieces);
-      wanted_.add(this->z_map(window, panel), panel.pieces);
+      wanted_.add(z_map(window, panel), panel.pieces);
       wanted_.early();
       wanted_.add(x_map(window, next_panel_, 0), next_panel_.pieces);
     };
@@ -144,98 +142,24 @@ class Gate {
       if (through) want(next_panel_);
     }
     with_constant(call_.activation, [&](auto activation) {
-      if constexpr (Products<T>::template kMayPassThrough<activation>) {
-        const auto pass = [&](auto seating) {
-          const Seats<seating, A, const T> x2_seats(x2_map, panel_);
-          const Seats<seating, A, T> z_seats(z_map, panel_);
-          products_.multiply_through(window, group_->rows, x1_, [&](const Tile& tile) {
-            const A *bias = &workspace_.bias[tile.first], *scale = &group_->scale[tile.first];
-            return [=, x2 = x2_seats.from(tile.first), z = z_seats.from(tile.first)](int64_t k, const PanelRow<A>& y)
-                __attribute__((always_inline)) {
-              PanelRow<A> row;
-              x2.load(k, row);
-              POSMLP_UNROLL for (int v = 0; v < kTileVectors; ++v)
-                row[v] = (y[v] * scale[k] + bias[k]) * activated<activation>(row[v]);
-              z.store(k, row);
-            };
-          });
-        };
-        if (through && with_seating<A>(panel_, pass)) return;
-      }
-      products_.multiply_panel(window, group_->rows, x1_, [&](const Piece& piece, int64_t from, int64_t to) {
-        const auto x2 = x2_map.rows(piece, from);
-        const auto z = z_map.rows(piece, from);
-        const A *y = products_.done + piece.column, *bias = &workspace_.bias[from], *scale = &group_->scale[from];
-        for_each_vector<A, T>(to - from, piece.count, [=](auto lanes, int64_t k, int64_t c) {
-          const auto sum = load_as<A>(lanes, y + k * kPanel + c) * scale[k] + bias[k];
-          store_as(lanes, z(k) + c, sum * activated<activation>(load_as<A>(lanes, x2(k) + c)));
-        });
-      });
+      const WayToZ<activation, A, T> way_out{x_map(window, panel_, shape_.channels), z_map(window, panel_),
+                                             group_->scale.data(), workspace_.bias.data()};
+      products_.multiply_panel(window, group_->rows, x1_, way_out);
     });
   }
 
-  // dX2 = dZ * (P X1 + b), and dU = dZ * X2, rows scaled, into `to_du`.
-  void backward_panel_to_x2(const Window& window, A* to_du) {
-    const auto x2_map = x_map(window, panel_, shape_.channels), dz_map = this->dz_map(window, panel_);
-    const auto dx2_map = dx_map(window, panel_, shape_.channels);
+  // dX2 = dZ * (P X1 + b), and dU = dZ * X2, rows scaled, into `du`.
+  void backward_panel_to_x2(const Window& window, A* du) {
     const bool through = products_.passes_through(window, group_->rows);
     wanted_.clear(group_->rows.has_twins);
     want_x2_and_gradients(window, panel_);
     wanted_.then();
     if (through) want_dx1(window);
     with_constant(call_.activation, [&](auto activation) {
-      if constexpr (Products<T>::template kMayPassThrough<activation>) {
-        const auto pass = [&](auto seating) {
-          const Seats<seating, A, const T> x2_seats(x2_map, panel_), dz_seats(dz_map, panel_);
-          const Seats<seating, A, T> dx2_seats(dx2_map, panel_);
-          const auto way_out = [&](const Tile& tile) {
-            const int64_t first = tile.first;
-            const A *bias = &workspace_.bias[first], *scale = &group_->scale[first], *mean = mean_;
-            A* to = to_du + first * kPanel;
-            return [=, x2 = x2_seats.from(first), dz = dz_seats.from(first), dx2 = dx2_seats.from(first),
-                    row_sums = row_sums_from(first)](int64_t k, const PanelRow<A>& y) __attribute__((always_inline)) {
-              PanelRow<A> gradient, row, du;
-              dz.load(k, gradient);
-              x2.load(k, row);
-              POSMLP_UNROLL for (int v = 0; v < kTileVectors; ++v) {
-                const auto gate = activated_with_slope<activation>(row[v]);
-                const auto sum = y[v] * scale[k] + bias[k] + load<A>(mean + v * kLanes);
-                du[v] = gradient[v] * gate.value * scale[k];
-                row[v] = gradient[v] * sum * gate.slope;
-              }
-              dx2.store(k, row);
-              store_row(to + k * kPanel, du);
-              row_sums.add(k, du, y);
-            };
-          };
-          products_.multiply_through(window, group_->rows, x1_, way_out);
-        };
-        if (through && with_seating<A>(panel_, pass)) return;
-      }
-      const auto finish = [&](const Piece& piece, int64_t from, int64_t to) {
-        const auto x2 = x2_map.rows(piece, from);
-        const auto dz = dz_map.rows(piece, from);
-        const auto dx2 = dx2_map.rows(piece, from);
-        const A *y = products_.done + piece.column, *bias = &workspace_.bias[from], *scale = &group_->scale[from];
-        A *du = to_du + from * kPanel + piece.column, *mean = mean_ + piece.column;
-        for_each_vector<A, T>(to - from, piece.count, [=](auto lanes, int64_t k, int64_t c) {
-          const auto gradient = load_as<A>(lanes, dz(k) + c);
-          const auto gate = activated_with_slope<activation>(load_as<A>(lanes, x2(k) + c));
-          const auto sum = load_as<A>(lanes, y + k * kPanel + c) * scale[k] + bias[k] + load_as<A>(lanes, mean + c);
-          store_as(lanes, dx2(k) + c, gradient * sum * gate.slope);
-          store_as(lanes, du + k * kPanel + c, gradient * gate.value * scale[k]);
-        });
-      };
-      products_.multiply_panel(window, group_->rows, x1_, finish, [&](const Tile& tile) {
-        const auto sums = row_sums_from(tile.first);
-        const A* const du = to_du + tile.first * kPanel;
-        for (int64_t k = 0; k < tile.rows(); ++k) {
-          PanelRow<A> du_row, y_row;
-          load_row(du + k * kPanel, du_row);
-          load_row(products_.done + k * kPanel, y_row);
-          sums.add(k, du_row, y_row);
-        }
-      });
+      const WayToX2<activation, A, T> way_out{x_map(window, panel_, shape_.channels), dz_map(window, panel_),
+                                              dx_map(window, panel_, shape_.channels), group_->scale.data(),
+                                              workspace_.bias.data(), mean_, du, workspace_.bias_sums, workspace_.dots};
+      products_.multiply_panel(window, group_->rows, x1_, way_out);
     });
   }
 
@@ -252,31 +176,10 @@ class Gate {
     want_dx1(window);
     wanted_.then();
     if (through) want_x2_and_gradients(window, next_panel_);
-    if constexpr (Products<T>::template kMayPassThrough<Activation::none>) {
-      const auto pass = [&](auto seating, auto has_slopes) {
-        const Seats<seating, A, U> dx1_seats(out, panel_);
-        products_.multiply_through(window, group_->columns, du, [&](const Tile& tile) {
-          return [=, first = has_slopes ? slopes + tile.first * kPanel : nullptr, dx1 = dx1_seats.from(tile.first)](
-                     int64_t k, PanelRow<A>& y) __attribute__((always_inline)) {
-            if constexpr (has_slopes)
-              POSMLP_UNROLL for (int v = 0; v < kTileVectors; ++v) y[v] *= load<A>(first + k * kPanel + v * kLanes);
-            dx1.store(k, y);
-          };
-        });
-      };
-      const auto pass_seated = [&](auto seating) {
-        slopes ? pass(seating, std::true_type()) : pass(seating, std::false_type());
-      };
-      if (through && with_seating<A>(panel_, pass_seated)) return;
-    }
-    products_.multiply_panel(window, group_->columns, du, [&](const Piece& piece, int64_t from, int64_t to) {
-      const auto dx1 = out.rows(piece, from);
-      const A *y = products_.done + piece.column, *slope = slopes ? slopes + from * kPanel + piece.column : nullptr;
-      for_each_vector<A, T>(to - from, piece.count, [=](auto lanes, int64_t k, int64_t c) {
-        const auto sum = load_as<A>(lanes, y + k * kPanel + c);
-        store_as(lanes, dx1(k) + c, slope ? sum * load_as<A>(lanes, slope + k * kPanel + c) : sum);
-      });
-    });
+    if (slopes)
+      products_.multiply_panel(window, group_->columns, du, WayToX1<true, A, U>{out, slopes});
+    else
+      products_.multiply_panel(window, group_->columns, du, WayToX1<false, A, U>{out, nullptr});
   }
 
   // What the two products of a backward touch besides panels; the second one's, while X1 of the next panel is asked for.
@@ -412,7 +315,6 @@ class Gate {
     }
   }
 
-  PanelRowSums<A> row_sums_from(int64_t token) { return {{workspace_.bias_sums, token}, {workspace_.dots, token}}; }
   void store_bias_gradient(const Window& window, int64_t unit) const {
     A* part = static_cast<A*>(call_.dbias_parts) + unit * shape_.window_tokens();
     workspace_.bias_sums.for_each(window.tokens, [&](int64_t k, double sum) {

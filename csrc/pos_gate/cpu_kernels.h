@@ -42,6 +42,8 @@ namespace {
 
 #include "cpu_way_in.h"
 
+#include "cpu_way_out.h"
+
 #include "cpu_products.h"
 
 #include "cpu_gate.h"

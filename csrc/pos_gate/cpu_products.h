@@ -1,7 +1,7 @@
 // Products of P or its transpose with a panel, tile by tile, while the cache lines that are wanted next are asked for.
 //
-// What becomes of a tile, the way out, is the gate's. It is best done with the sums still in registers, which takes a panel
-// that lies in the maps by whole vectors or simple parts of them (cpu_seats.h). Others go piece by piece, out of a tile in memory.
+// What becomes of a tile is said in cpu_way_out.h. It is best done with the sums still in registers, which takes a panel that
+// lies in the maps by whole vectors or simple parts of them (cpu_seats.h). Others go piece by piece, out of a tile in memory.
 // No include guard: every instruction set compiles this text anew, inside its own namespace and target options.
 
 template <class T>
@@ -29,20 +29,35 @@ class Products {
     return weights.has_twins ? steps * 3 / 4 : steps;
   }
 
-  // The product of packed weights and a panel, tile by tile, while the wanted rows of the tile's tokens are asked for.
-  // `finish(piece, from, to)` takes a tile from `done` after the next one's product: by then the rows are there, and what
-  // lies across two vectors of the product can be read without waiting for its stores. `finish_rows(tile)` comes after that.
-  template <class Finish, class FinishRows = void (*)(const Tile&)>
-  void multiply_panel(const Window& window, const Packed<E>& weights, const A* panel, Finish&& finish,
-                      FinishRows&& finish_rows = [](const Tile&) {}) {
+  // The product of packed weights and a panel, and its way out, while the wanted rows of its tokens are asked for.
+  template <class WayOut>
+  void multiply_panel(const Window& window, const Packed<E>& weights, const A* panel, const WayOut& way_out) {
+    if constexpr (kMayPassThrough<WayOut::kActivation>) {
+      const auto pass = [&](auto seating) {
+        multiply_through(window, weights, panel, way_out.template rows<seating>(panel_));
+      };
+      if (passes_through(window, weights) && with_seating<A>(panel_, pass)) return;
+    }
+    multiply_by_memory(window, weights, panel, way_out);
+  }
+  // Whether sums leave from registers: where the panel has seats, no sum is one of short sums, and no tile lower than the products'.
+  bool passes_through(const Window& window, const Packed<E>& weights) const {
+    return panel_.seating != Seating::none && weights.most_steps <= kMostSteps && window.tiles.front().rows() >= kLeastRows;
+  }
+
+ private:
+  // By way of memory. A tile is taken from `done` after the next one's product: by then the rows are there, and what lies across
+  // two vectors of the product can be read without waiting for its stores.
+  template <class WayOut>
+  void multiply_by_memory(const Window& window, const Packed<E>& weights, const A* panel, const WayOut& way_out) {
     const E* operands = operands_of_rows<E>(panel, window.tokens, kPanel, factor);
     if constexpr (kStepsAtOnce > 1) {  // the last steps' zeros, where a larger window may have left anything
       const int64_t steps = steps_of(window);
       std::fill(factor + steps * kPanel, factor + round_up(steps, kStepsAtOnce) * kPanel, E{});
     }
-    const auto finish_tile = [&](const Tile& tile) {
-      for (const Piece& piece : panel_.pieces) finish(piece, tile.first, tile.last);
-      finish_rows(tile);
+    const auto finish = [&](const Tile& tile) {
+      for (const Piece& piece : panel_.pieces) way_out.piece(piece, tile, done + piece.column);
+      way_out.tile(tile, done);
     };
     for (Walk walk(window, weights); walk.tile < window.tiles.size(); walk.go_on()) {
       const Tile& tile = window.tiles[walk.tile];
@@ -54,15 +69,15 @@ class Products {
         const auto [common, sign] = common_of(window, walk);
         for (int64_t k = 0; k < tile.rows() * kPanel; ++k) y[k] = common[k] + sign * y[k];
       }
-      if (walk.tile > 0) finish_tile(window.tiles[walk.tile - 1]);
+      if (walk.tile > 0) finish(window.tiles[walk.tile - 1]);
       std::swap(y, done);
     }
-    finish_tile(window.tiles.back());
+    finish(window.tiles.back());
   }
 
-  // That for a panel with seats, whose sums go where they belong straight from the registers: `way_out(tile)` is what
-  // multiply_tile calls. By then the rows must be there, so that they are asked for a tile ahead, and those of the first tile
-  // while the last one of another product is multiplied.
+  // For a panel with seats, whose sums go where they belong straight from the registers: `way_out(tile)` is what multiply_tile
+  // calls. By then the rows must be there, so that they are asked for a tile ahead, and those of the first tile while the last
+  // one of another product is multiplied.
   template <class WayOut>
   void multiply_through(const Window& window, const Packed<E>& weights, const A* panel, const WayOut& way_out) {
     if (!weights.has_twins)
@@ -77,12 +92,7 @@ class Products {
       };
     });
   }
-  // Whether to do so: where no sum is one of short sums, and no tile lower than the products'.
-  bool passes_through(const Window& window, const Packed<E>& weights) const {
-    return panel_.seating != Seating::none && weights.most_steps <= kMostSteps && window.tiles.front().rows() >= kLeastRows;
-  }
 
- private:
   // Through the tiles of a window, row of tokens by row. Where P is packed for twins (cpu_packing.h), tiles of what they have in
   // common, half as many, come before all others.
   struct Walk {
