@@ -4,13 +4,14 @@
 // with dU = dZ * X2: dX2 = dZ * (Y + b), dX1 = P^T dU, db = rows of dU summed; the table's gradient comes from dU, X1 and Y
 // (cpu_table_gradient.h), or where that does not apply from dP = dU X1^T.
 //
-// Tiling: the columns of a group are the long axis (window, channel of the group), cut into panels as wide as a register
-// tile. A unit is a group and a share of its columns. P is prepared once per window class, and panels stream past it. A
-// panel of X1 is gathered by address (activation and norm on the way) and stays near the first-level cache; then, tile of
-// rows by tile of rows, the product is made, and bias, X2 and the way out are applied to the tile while it is at hand.
-// X2, dZ, Z and dX are touched nowhere else, a tile ahead of their use they are asked for, and nothing of the size of x
-// is ever stored. Of P and of its transpose the products need the table alone (3 KB for N = 196, or 6 with differences), unless there is a free
-// matrix: N x N (196^2 floats: 154 KB), which stays in the second-level cache.
+// Tiling: the columns of a group are the long axis (window, channel of the group), cut into panels as wide as a
+// register tile. A unit is a group and a share of its columns. P is prepared once per window class, and panels stream
+// past it. A panel of X1 is gathered by address (activation and norm on the way) and stays near the first-level cache;
+// then, tile of rows by tile of rows, the product is made, and bias, X2 and the way out are applied to the tile while
+// it is at hand. X2, dZ, Z and dX are touched nowhere else, a tile ahead of their use they are asked for, and nothing
+// of the size of x is ever stored. Of P and of its transpose the products need the table alone (3 KB for N = 196, or 6
+// with differences), unless there is a free matrix: N x N (196^2 floats: 154 KB), which stays in the second-level
+// cache.
 // Flops: 2 N C a token forward, 8 N C forward and backward, less what P leaves out, and up to a quarter less where three
 // products do for four (cpu_packing.h). Bytes: 3 C and 5 C elements a token.
 // No include guard: every instruction set compiles this text anew, inside its own namespace and target options.

@@ -40,7 +40,8 @@ class Products {
     }
     multiply_by_memory(window, weights, panel, way_out);
   }
-  // Whether sums leave from registers: where the panel has seats, no sum is one of short sums, and no tile lower than the products'.
+  // Whether sums leave from registers: where the panel has seats, no sum is one of short sums, and no tile lower than the
+  // products'.
   bool passes_through(const Window& window, const Packed<E>& weights) const {
     return panel_.seating != Seating::none && weights.most_steps <= kMostSteps && window.tiles.front().rows() >= kLeastRows;
   }
