@@ -54,7 +54,8 @@ struct WayToX2 {
   const A *scale, *bias;  // of all tokens
   const A* mean;          // of a panel's columns, what P X1 lacks
   A* du;                  // a panel
-  RowSums<A>&bias_sums, &dots;
+  RowSums<A>& bias_sums;
+  RowSums<A>& dots;
 
   template <class V>
   struct Gradients {
