@@ -5,7 +5,7 @@
 #ifndef POSMLP_KEEP
 #define POSMLP_KEEP(v) (void)(v)  // in a register from here on, where that has to be said
 #endif
-#define POSMLP_IN_MEMORY(v) __asm__ volatile("" : "+m"(v))  // what compilers know of it from registers they know no longer
+#define POSMLP_IN_MEMORY(v) __asm__ volatile("" : "+m"(v))  // from here on read from memory, not kept in registers
 
 // L numbers side by side; without L, as many as a register holds.
 template <class A, int L = kVectorBytes / int(sizeof(A))>
