@@ -1,7 +1,7 @@
 // The ways of products out: what becomes of their sums, meeting what lies in the maps and going there.
 //
 // Each has its equation once, for vectors of any width, and two ways to apply it: to the rows of a full panel, `rows`, which
-// are in registers, and to a piece of a tile in memory, `piece`. Both are given what the products of the tokens' rows are.
+// are in registers, and to a piece of a tile in memory, `piece`, after whose last one `tile` is called. `y` is the product.
 // No include guard: every instruction set compiles this text anew, inside its own namespace and target options.
 
 // Z = (P X1 + b) * act(X2)
