@@ -73,6 +73,9 @@ extern const Kernels kAvx512Amx;
 #endif
 #endif
 
+// Bytes of a core's first-level data cache, 0 where the system does not say.
+int64_t first_level_bytes();
+
 // Those that this processor runs, the best first.
 std::vector<const Kernels*> kernels_of_this_processor();
 

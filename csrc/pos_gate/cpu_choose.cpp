@@ -1,4 +1,6 @@
-// Which instruction set's kernels run on this processor.
+// Which instruction set's kernels run on this processor, and what they ask about it.
+#include <unistd.h>
+
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -8,7 +10,6 @@
 #if defined(POSMLP_X86_BF16_KERNELS) && defined(__linux__)
 #include <cpuid.h>
 #include <sys/syscall.h>
-#include <unistd.h>
 #endif
 
 namespace posmlp::cpu {
@@ -34,6 +35,15 @@ bool has_amx() {
 #endif
 
 }  // namespace
+
+int64_t first_level_bytes() {
+#ifdef _SC_LEVEL1_DCACHE_SIZE
+  static const int64_t bytes = std::max<int64_t>(0, sysconf(_SC_LEVEL1_DCACHE_SIZE));
+  return bytes;
+#else
+  return 0;
+#endif
+}
 
 std::vector<const Kernels*> kernels_of_this_processor() {
   std::vector<const Kernels*> kernels;

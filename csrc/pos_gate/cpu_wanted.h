@@ -11,6 +11,17 @@
 // at most, of which a core does two a cycle; there a run of steps asks at once.
 constexpr bool kStepsAsk = kVectorBytes == 64;
 
+// Whether lines come no nearer than the second-level cache. A panel of a window of 14 is more than some processors' first
+// level holds; and Intel's cores can wait for few lines on their way there, among them what a product misses.
+inline bool stays_in_second_level() {
+  constexpr int64_t kPanelBytes = 14 * 14 * kTileVectors * kVectorBytes;
+#ifdef POSMLP_X86_KERNELS
+  if (__builtin_cpu_is("intel")) return true;
+#endif
+  const int64_t bytes = first_level_bytes();
+  return bytes > 0 && bytes < kPanelBytes;
+}
+
 class Wanted {
  public:
   // Lines to come, and when. Few instructions find one: a step has little time for them.
@@ -53,10 +64,8 @@ class Wanted {
       ++lines_;
     }
 
-    // Intel's cores can wait for few lines on their way to the first-level cache, and what a product misses there is
-    // among them: no farther than the second level, then. The others' steps shall not jump.
     __attribute__((always_inline)) void fetch(const char* line) const {
-      if (__builtin_expect(to_second_level_, false))
+      if (__builtin_expect(to_second_level_, false))  // the others' steps shall not jump
         __builtin_prefetch(line, 0, 2);
       else
         __builtin_prefetch(line, 0, 3);
@@ -65,11 +74,7 @@ class Wanted {
     const Lines *lines_ = nullptr, *end_ = nullptr;
     int64_t at_ = 0, first_ = 0, last_ = 0;
     int64_t pace_ = kOne, due_ = 0;  // of a line: for each time that is asked, and what has come together
-#ifdef POSMLP_X86_KERNELS
-    bool to_second_level_ = __builtin_cpu_is("intel");
-#else
-    static constexpr bool to_second_level_ = false;
-#endif
+    bool to_second_level_ = stays_in_second_level();
   };
   Queue queue;  // a product takes it out and puts it back, so that it stays in registers meanwhile
 
