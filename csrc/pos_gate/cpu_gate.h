@@ -223,8 +223,7 @@ class Gate {
   void prepare_group(const Window& window, int64_t group) {
     mixing_.prepare(window, group);
     mixing_.pack_rows(group_->rows);
-    group_->scale.resize(window.tokens);
-    for (int64_t k = 0; k < window.tokens; ++k) group_->scale[k] = mixing_.row_scale(k);
+    mixing_.row_scales(group_->scale);
     group_->window = &window;
     group_->group = group;
   }

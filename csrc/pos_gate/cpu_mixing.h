@@ -20,11 +20,15 @@ class Mixing {
 
   void prepare(const Window& window, int64_t group) { weights_.prepare(window, group); }
 
-  // P but for `row_scale`, which belongs to the results of a product by rows and to what a product by columns is given.
+  // P but for `row_scales`, which belong to the results of a product by rows and to what a product by columns is given.
   // Tiles of queries whose steps are keys; tiles of keys whose steps are queries, the transpose.
   void pack_rows(Packed<E>& packed) { packing_.template pack<true>(packed); }
   void pack_columns(Packed<E>& packed) { packing_.template pack<false>(packed); }
-  A row_scale(int64_t i) const { return weights_.shared() ? A(weights_.scale()[i]) : A(1); }
+  void row_scales(std::vector<A>& scales) const {
+    const double* const scale = weights_.scale();
+    scales.assign(weights_.window().tokens, A(1));
+    if (weights_.shared()) std::copy_n(scale, scales.size(), scales.begin());
+  }
 
   void add_gradient(int64_t part, const A* dp, int64_t ld) { gradient_.add(part, dp, ld); }
   // What finds the table's gradient without dP, where that can be.

@@ -94,18 +94,19 @@ class Packing {
   template <bool kRows>
   void share_table(Packed<E>& packed) {
     const int64_t size = table_size_, shared = round_up(size, kLanes) + kLanes;
-    const double* weight = weights_.weight();
-    b_.entries.resize(1 + shared);
-    double* entries = b_.entries.data() + 1;  // behind a zero
-    entries[-1] = 0;
-    double* const end = kRows ? std::reverse_copy(weight, weight + size, entries) : std::copy(weight, weight + size, entries);
-    std::fill(end, entries + shared, 0.);
+    const auto copy = [=](const auto* from, auto* to) {
+      std::fill(kRows ? std::reverse_copy(from, from + size, to) : std::copy(from, from + size, to), to + shared, 0);
+    };
     packed.weights.resize(shared);
-    for (int64_t e = 0; e < shared; e += kDoubles)
+    if constexpr (kDepth == 1) return copy(weights_.rounded(), packed.weights.data());
+    b_.entries.resize(1 + shared);
+    double* const entries = b_.entries.data() + 1;  // behind a zero
+    entries[-1] = 0;
+    copy(weights_.weight(), entries);
+    b_.rounded.resize(shared);
+    for (int64_t e = 0; e < shared; e += kDoubles) {
       store_operands(&packed.weights[e], load<double>(entries + e), load<double>(entries + e - 1));
-    if constexpr (kDepth > 1) {
-      b_.rounded.resize(shared);
-      for (int64_t e = 0; e < shared; e += kDoubles) store_rounded(&b_.rounded[e], load<double>(entries + e));
+      store_rounded(&b_.rounded[e], load<double>(entries + e));
     }
   }
 
@@ -125,7 +126,9 @@ class Packing {
       packed.weights.resize(2 * size);
       A *const weights = packed.weights.data(), limit = all_ ? A(0) : weights_.limit();
       for (int64_t e = 0; e < size; ++e) weights[e] = weights[e] <= limit ? A(0) : weights[e];
-      for (int64_t e = 0; e + row < size; ++e) weights[size + e] = weights[e + row] - weights[e];
+      A* const differences = weights + size;
+#pragma GCC ivdep
+      for (int64_t e = 0; e < size - row; ++e) differences[e] = weights[e + row] - weights[e];
     }
   }
 

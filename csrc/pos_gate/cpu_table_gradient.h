@@ -110,9 +110,9 @@ class TableGradient {
     }
     // Each query's part goes to the entries of all its keys: in the table's mirror image those of which it is in the box.
     const int64_t *place = window().place.data(), room = size + weights_.box_reach();
-    b_.shares.doubled.assign(room + 2 * kDoubles, 0.);
+    b_.shares.values.assign(room + 2 * kDoubles, 0.);
     dots.for_each(window().tokens, [&](int64_t i, double dot) {
-      b_.shares.doubled[weights_.centre() + place[i] - place[0]] = weights_.scale()[i] * dot;
+      b_.shares.values[weights_.centre() + place[i] - place[0]] = weights_.scale()[i] * dot;
     });
     const double* const shares = weights_.sum_boxes(room, b_.shares);
     for (int64_t e = 0; e < size; ++e) {

@@ -138,11 +138,19 @@ inline VectorOf<double>::ints lane_numbers() {
   for (int i = 0; i < VectorOf<double>::kLanes; ++i) numbers[i] = i;
   return numbers;
 }
+// What an operation of two makes of all lanes, half a vector and the other, and so on.
+template <class V, class Of>
+inline ElementOf<V> fold(V v, const Of& of) {
+  if constexpr (kLanesOf<V> == 2) {
+    return of(v[0], v[1]);
+  } else {
+    using Half = Vec<ElementOf<V>, kLanesOf<V> / 2>;
+    return fold(of(part_of<Half, 0>(v), part_of<Half, 1>(v)), of);
+  }
+}
 template <class A>
 inline double sum_lanes(Vec<A> v) {
-  double total = 0;
-  for (int i = 0; i < VectorOf<A>::kLanes; ++i) total += v[i];
-  return total;
+  return fold(sum_of_parts<A>(v), [](auto a, auto b) { return a + b; });
 }
 
 // e^x to about 1 ulp: x = n ln 2 + r, a degree-6 polynomial for e^r, 2^n through the exponent's bits.

@@ -26,19 +26,16 @@ inline void make_room(std::vector<U>& values, int64_t count) {
 
 // The first of some values in an order of values or vectors of them; `count` is not zero.
 template <class A, class Before>
-inline A first_of(const A* values, int64_t count, Before&& before) {
+inline A first_of(const A* values, int64_t count, const Before& before) {
   constexpr int kLanes = VectorOf<A>::kLanes;
-  A first = values[0];
+  const auto first_of_two = [&](auto a, auto b) { return before(a, b) ? a : b; };
   if (count >= kLanes) {
     Vec<A> vector = load<A>(values + count - kLanes);
-    for (int64_t i = 0; i + kLanes <= count; i += kLanes) {
-      const Vec<A> next = load<A>(values + i);
-      vector = before(next, vector) ? next : vector;
-    }
-    for (int l = 0; l < kLanes; ++l) first = before(vector[l], first) ? vector[l] : first;
-    return first;
+    for (int64_t i = 0; i + kLanes <= count; i += kLanes) vector = first_of_two(load<A>(values + i), vector);
+    return fold(vector, first_of_two);
   }
-  for (int64_t i = 1; i < count; ++i) first = before(values[i], first) ? values[i] : first;
+  A first = values[0];
+  for (int64_t i = 1; i < count; ++i) first = first_of_two(values[i], first);
   return first;
 }
 template <class A>
@@ -53,7 +50,7 @@ inline A smallest_of(const A* values, int64_t count) {
 // What sums over boxes of a table are made in.
 template <class U>
 struct BoxBuffers {
-  std::vector<U> sums, doubled;
+  std::vector<U> values, sums;
 };
 
 // Kept from call to call by each thread, so that no pages are faulted in again.
@@ -135,6 +132,7 @@ class Weights {
   }
   int64_t row_stride() const { return shape_.table_view().map[1]; }  // of the table
   const double* weight() const { return b_.weight.data(); }  // of each entry of the table
+  const A* rounded() const { return b_.rounded.data(); }     // likewise
   const double* scale() const { return b_.scale.data(); }    // of each query
   const A* dense(int64_t i) const { return &b_.dense[i * window_->tokens]; }
 
@@ -148,28 +146,27 @@ class Weights {
   template <class U>
   U* first_entry(U* table, int64_t i) const { return table + centre_ + window_->place[0] - window_->place[i]; }
   // Of all keys of a query the entries are a box of the table. For each of `count` entries the sum over the box that begins
-  // there, along one dimension after the other: of as many entries from each one on as the window has tokens, made of the
-  // sums of 1, 2, 4, ... The values are in buffers.doubled, with room behind them; the last box_reach() sums are not whole.
+  // there, along one dimension after the other: of as many entries from each one on as the window has tokens. Sums of n make
+  // those of 2n or 2n + 1, so that 14 take three passes: 3, 7, 14. The values are in buffers.values, with room behind them; the
+  // last box_reach() sums are not whole.
   template <class U>
   const U* sum_boxes(int64_t count, BoxBuffers<U>& buffers) const {
-    buffers.sums.resize(buffers.doubled.size());
+    buffers.sums.resize(buffers.values.size());
     for (int d = 0; d < kRank; ++d) {
       const int64_t stride = shape_.table_view().map[d], length = window_->cls.box[d];
       if (length == 1) continue;
-      const int64_t whole = count - (length - 1) * stride;
-      U *const sums = buffers.sums.data(), *const doubled = buffers.doubled.data();
-      for (int64_t entries = 1, taken = 0; taken < length; entries *= 2) {
-        if (length & entries) {
-          add(sums, taken > 0 ? sums : nullptr, doubled + taken * stride, whole);
-          taken += entries;
-        }
-        count -= entries * stride;
-        if (taken < length) add(doubled, doubled, doubled + entries * stride, count);
+      const U *const values = buffers.values.data(), *sums = values;  // of as many entries as `entries` says
+      int64_t entries = 1;
+      for (int bit = 63 - __builtin_clzll(length); bit-- > 0;) {
+        const int64_t again = entries * stride, one = length >> bit & 1 ? 2 * again : -1;
+        entries = 2 * entries + (one >= 0);
+        add(buffers.sums.data(), sums, sums + again, one >= 0 ? values + one : nullptr, count - (entries - 1) * stride);
+        sums = buffers.sums.data();
       }
-      std::swap(buffers.sums, buffers.doubled);
-      count = whole;
+      count -= (length - 1) * stride;
+      std::swap(buffers.sums, buffers.values);
     }
-    return buffers.doubled.data();
+    return buffers.values.data();
   }
   int64_t box_reach() const {
     int64_t reach = 0;
@@ -204,17 +201,19 @@ class Weights {
     least_ = 0;
     if (!call_.softmax) {
       for (int64_t e = 0; e < size; ++e) b_.weight[e] = double(table_[e]);
+      b_.rounded.assign(table_, table_ + size);
       return true;
     }
     const double maximum = double(largest_of(table_, size));
-    least_ = std::exp(double(smallest_of(table_, size)) - maximum);
     constexpr A kInfinity = std::numeric_limits<A>::infinity();
     b_.rounded.resize(round_up(size, VectorOf<A>::kLanes));
     std::fill(b_.rounded.end() - VectorOf<A>::kLanes, b_.rounded.end(), kInfinity);
     double* const weights = b_.weight.data();
     A* const rounded = b_.rounded.data();
-    const auto weigh = [=](int64_t e, DoubleVec entries) {
+    DoubleVec least = fill<DoubleVec>(1);
+    const auto weigh = [&](int64_t e, DoubleVec entries) {
       const DoubleVec weight = exponential(entries - maximum);
+      least = weight < least ? weight : least;
       store(weights + e, weight);
       store_rounded(rounded + e, weight);
     };
@@ -224,6 +223,7 @@ class Weights {
     std::fill(std::copy(table_ + e, table_ + size, rest), rest + kDoubles, kInfinity);
     if (e < size) weigh(e, load_wide(rest));
     std::fill(b_.weight.begin() + size, b_.weight.end(), 0.);
+    least_ = fold(least, [](auto a, auto b) { return b < a ? b : a; });
     return true;
   }
 
@@ -236,7 +236,7 @@ class Weights {
       std::fill_n(b_.scale.begin(), tokens, 1.);
       return true;
     }
-    b_.row_sums.doubled = b_.weight;
+    b_.row_sums.values = b_.weight;
     row_sums_ = sum_boxes(shape_.table_size(), b_.row_sums);
     double* const scale = b_.scale.data();
     for (int64_t i = 0; i < tokens; ++i) scale[i] = *first_entry(row_sums_, i);
@@ -250,12 +250,12 @@ class Weights {
     return too_small == 0;
   }
 
-  // to[e] = from[e] + added[e], or what is added where `from` is null; up to a vector more than `count`.
+  // to[e] = a[e] + b[e] + c[e], c if it is not null; up to a vector more than `count`. `to` may be a.
   template <class U>
-  static void add(U* to, const U* from, const U* added, int64_t count) {
+  static void add(U* to, const U* a, const U* b, const U* c, int64_t count) {
     for (int64_t e = 0; e < count; e += VectorOf<U>::kLanes) {
-      const Vec<U> more = load<U>(added + e);
-      store(to + e, from ? load<U>(from + e) + more : more);
+      const Vec<U> sum = load<U>(a + e) + load<U>(b + e);
+      store(to + e, c ? sum + load<U>(c + e) : sum);
     }
   }
 
@@ -323,9 +323,9 @@ class Weights {
   bool leaves_out_little(A limit) {
     constexpr int kLanes = VectorOf<A>::kLanes;
     const int64_t size = shape_.table_size(), tokens = window_->tokens, length = window_->cls.box[2];
-    make_room(b_.left_out.doubled, round_up(size, kLanes));
+    make_room(b_.left_out.values, round_up(size, kLanes));
     const A* const weights = b_.rounded.data();  // with infinities behind the last
-    A* const small = b_.left_out.doubled.data();
+    A* const small = b_.left_out.values.data();
     for (int64_t e = 0; e < size; e += kLanes) {
       const Vec<A> weight = load<A>(weights + e);
       store(small + e, weight <= limit ? weight : Vec<A>{});
