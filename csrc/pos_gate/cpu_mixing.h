@@ -24,7 +24,7 @@ class Mixing {
   // Tiles of queries whose steps are keys; tiles of keys whose steps are queries, the transpose.
   void pack_rows(Packed<E>& packed) { packing_.template pack<true>(packed); }
   void pack_columns(Packed<E>& packed) { packing_.template pack<false>(packed); }
-  void row_scales(std::vector<A>& scales) const {
+  void row_scales(std::vector<A>& scales) const {  // of all tokens
     const double* const scale = weights_.scale();
     scales.assign(weights_.window().tokens, A(1));
     if (weights_.shared()) std::copy_n(scale, scales.size(), scales.begin());

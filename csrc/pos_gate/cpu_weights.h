@@ -158,9 +158,10 @@ class Weights {
       const U *const values = buffers.values.data(), *sums = values;  // of as many entries as `entries` says
       int64_t entries = 1;
       for (int bit = 63 - __builtin_clzll(length); bit-- > 0;) {
-        const int64_t again = entries * stride, one = length >> bit & 1 ? 2 * again : -1;
-        entries = 2 * entries + (one >= 0);
-        add(buffers.sums.data(), sums, sums + again, one >= 0 ? values + one : nullptr, count - (entries - 1) * stride);
+        const bool one_more = length >> bit & 1;
+        const int64_t again = entries * stride;
+        entries = 2 * entries + one_more;
+        add(buffers.sums.data(), sums, sums + again, one_more ? values + 2 * again : nullptr, count - (entries - 1) * stride);
         sums = buffers.sums.data();
       }
       count -= (length - 1) * stride;
